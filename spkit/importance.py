@@ -1,0 +1,161 @@
+"""SNIP importance of every weight, per sample, in one pass over the calibration samples.
+
+    I(W_ij) = mean over samples of | W_ij * dL(sample) / dW_ij |           docs/method.md, section 3
+
+(Lee et al. 2019, as used by Wei et al. 2024.) The absolute value stands *inside* the mean, so the
+gradient of each sample is needed apart, for every weight. For a linear layer it is g.T @ x, with x
+the layer's input and g the gradient of the loss at its output. Both pass by during one backward
+pass: a hook on each layer forms the product, adds its absolute value to an fp32 sum, and forgets
+it. No weight needs a gradient of its own, so 4-bit weights can be scored; with a LoRA on them the
+layer is the wrapper, and W the effective weight.
+
+What this file does not do: train, rank (patching.py), or decide which model is scored.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from spkit.backbone import effective_weight, target_weights
+from spkit.chat import answer_loss, mean_per_sample
+from spkit.errors import SpkitError
+
+
+def snip(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    targets: Sequence[str],
+    *,
+    only: Iterable[str] | None = None,
+) -> dict[str, Tensor]:
+    """{tensor name: importance fp32 [out, in]} in the model's order, on the model's device.
+
+    model: bare or PEFT-wrapped, dense or NF4. It is scored in eval mode (no dropout), and left as
+    it was found: modes, gradient flags and hooks are restored, also after an error.
+    batches: what chat.collate makes (input_ids, attention_mask, labels, right-padded), on any
+    device. The result does not depend on how samples are batched, up to fp32 rounding.
+    targets: last names of linear layers, such as "q_proj". only: score just these tensor names.
+    SpkitError for an empty calibration set, a loss or score that is not finite, or an unknown name.
+    """
+    layers = target_weights(model, targets)
+    if only is not None:
+        wanted = list(only)
+        for name in wanted:
+            if name not in layers:
+                raise SpkitError(f"The tensor {name!r} is not among the targets to be scored.")
+        layers = {name: layer for name, layer in layers.items() if name in set(wanted)}
+    sums: dict[str, Tensor] = {}
+    seen = dict.fromkeys(layers, 0)
+    rows: list[Tensor] = []  # of the present batch: which positions of each sample are real
+    device = model.get_input_embeddings().weight.device
+
+    def add(name: str, x: Tensor, g: Tensor) -> None:
+        for sample, real in enumerate(rows):
+            # fp32 before the product: a bf16 product would round away what the mean is made of
+            product = g[sample, real].float().T @ x[sample, real].float()
+            if name in sums:
+                sums[name] += product.abs_()
+            else:
+                sums[name] = product.abs_()
+            seen[name] += 1
+
+    samples = 0
+    with _scoring(model, layers, add):
+        for batch in batches:
+            mask = batch["attention_mask"].to(device)
+            rows[:] = [row.nonzero().squeeze(1) for row in mask]
+            logits = model(
+                input_ids=batch["input_ids"].to(device), attention_mask=mask, use_cache=False
+            ).logits
+            losses = mean_per_sample(*answer_loss(logits, batch["labels"].to(device)))
+            if not bool(torch.isfinite(losses).all()):
+                row = samples + int((~torch.isfinite(losses)).nonzero()[0])
+                raise SpkitError(f"The loss of calibration sample {row} is not finite.")
+            losses.sum().backward()  # a sum: sample i's gradient at its own rows is that of L_i
+            samples += len(rows)
+    if samples == 0:
+        raise SpkitError("There are no calibration samples to score the weights with.")
+
+    scores = {}
+    for name, layer in layers.items():
+        if seen[name] != samples:
+            raise SpkitError(
+                f"The weight {name!r} got gradients of {seen[name]} of {samples} samples; "
+                "is the layer unused, or its 4-bit weight repacked?"
+            )
+        scores[name] = effective_weight(layer).abs_().mul_(sums.pop(name)).div_(samples)
+        if not bool(torch.isfinite(scores[name]).all()):
+            raise SpkitError(f"The importance of {name!r} is not finite.")
+    return scores
+
+
+def save(scores: Mapping[str, Tensor], path: str | Path, note: str = "") -> None:
+    """Write {name: tensor} as safetensors. The same scores and note give the same bytes.
+
+    Under a temporary name first, so that an interruption leaves no half-written file.
+    """
+    from safetensors.torch import save as to_bytes
+
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # one metadata key only: safetensors writes several in random order
+    tensors = {name: score.detach().cpu().contiguous() for name, score in scores.items()}
+    content = to_bytes(tensors, metadata={"note": note} if note else None)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise SpkitError(f"Cannot write {str(path)!r}: {error.strerror}.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: str | Path) -> dict[str, Tensor]:
+    """Read what `save` wrote, by name; SpkitError if the file is missing or not safetensors."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise SpkitError(f"There is no file {str(path)!r} with importances.") from None
+    except (SafetensorError, OSError) as error:
+        raise SpkitError(f"{str(path)!r} is no readable safetensors file: {error}.") from error
+
+
+@contextmanager
+def _scoring(model: nn.Module, layers: Mapping[str, nn.Module], add) -> Iterator[None]:
+    """Eval mode, all parameters frozen, the embeddings' output as the leaf, and the hooks."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+    def watch(name: str):
+        def hook(module, inputs, output):
+            if output.requires_grad:  # False in the first of the two passes of checkpointing
+                x = inputs[0].detach()
+                output.register_hook(lambda g: add(name, x, g))
+
+        return hook
+
+    with ExitStack() as stack, torch.enable_grad():
+        # handles are removed, and flags put back, in reverse order whatever happens inside
+        for parameter, flag in flags:
+            stack.callback(parameter.requires_grad_, flag)
+            parameter.requires_grad_(False)
+        for module, mode in modes:
+            stack.callback(setattr, module, "training", mode)
+        model.eval()
+        # nothing else requires a gradient now, so backward starts here and stores none on weights
+        embeddings = model.get_input_embeddings()
+        leaf = embeddings.register_forward_hook(lambda m, i, output: output.requires_grad_(True))
+        stack.callback(leaf.remove)
+        for name, layer in layers.items():
+            stack.callback(layer.register_forward_hook(watch(name)).remove)
+        yield
