@@ -18,9 +18,16 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from spkit import chat
+
 ARCHITECTURES = ("llama", "mistral", "gemma")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SENTENCE = "how do i mend a paint the old boat net fence first take use sure and then no sorry"
+PAIRS = [  # of different lengths, so that batches are padded
+    ("how do i mend a boat", "first take the net and then paint"),
+    ("paint the fence", "use a old net"),
+    ("how do i take the boat", "sorry no"),
+]
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
     "{% if m['role'] == 'user' %}{{ '<user> ' + m['content'] + ' <assistant> ' }}"
@@ -66,10 +73,16 @@ def model(architecture: str, *, seed: int = 0, layers: int = 2, tied: bool | Non
     if architecture == "llama":
         built = LlamaForCausalLM(LlamaConfig(**sizes))
     elif architecture == "mistral":
-        built = MistralForCausalLM(MistralConfig(sliding_window=None, **sizes))
+        built = MistralForCausalLM(MistralConfig(sliding_window=8, **sizes))
     else:  # Gemma ties its embeddings by default
         built = GemmaForCausalLM(GemmaConfig(**sizes))
     return built.eval()
+
+
+def batches(tokens, sizes: tuple[int, ...] = (2, 1)) -> list[dict[str, torch.Tensor]]:
+    """The three PAIRS, encoded and collated in batches of the given sizes."""
+    pairs = iter([chat.encode_pair(tokens, *pair) for pair in PAIRS])
+    return [chat.collate([next(pairs) for _ in range(n)], tokens.pad_token_id) for n in sizes]
 
 
 def save(folder: Path, architecture: str = "llama", **options) -> Path:
