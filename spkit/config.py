@@ -1,0 +1,241 @@
+"""The parameters of a run: one typed section per stage, each field with its meaning and range.
+
+The defaults are the sandbox's values, the same as `params/sandbox.yaml` (a test pins it), so an
+empty section means "as in the sandbox". "[paper]" in a description: the method's own choice.
+"[ours]": the paper leaves it open. How a mistake becomes one sentence lies in `validation.py`;
+this file reads no data, loads no models and knows nothing of run folders.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from spkit.errors import SpkitError
+from spkit.validation import Section, Wrong, checked, read_yaml, with_overrides
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Name = Annotated[str, Field(min_length=1)]
+Steps = Annotated[int, Field(ge=1, le=1_000_000)]
+Rate = Annotated[float, Field(gt=0, le=1)]  # a share of weights; 0 would keep nothing at all
+
+
+class BackboneConfig(Section):
+    source: Name = Field("sandbox", description="'sandbox', a local folder or a hub id [ours]")
+    revision: str | None = Field(None, description="revision on the hub; null: the latest [ours]")
+    dtype: Dtype = Field("float32", description="of the unquantised weights [ours]")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where it runs [ours]")
+
+    @model_validator(mode="after")
+    def _revision_needs_a_hub(self):
+        if self.source == "sandbox" and self.revision is not None:
+            raise Wrong("revision", self.revision, "must be null where source is 'sandbox'")
+        return self
+
+
+class SandboxConfig(Section):
+    """The embedded village backbone; ignored where `backbone.source` is another model."""
+
+    weights: Literal["shipped", "train"] = Field(
+        "shipped", description="use the weights in the repository, or train them on the spot [ours]"
+    )
+    hidden_size: int = Field(192, ge=8, le=4096, description="width of the model [ours]")
+    layers: int = Field(4, ge=1, le=64, description="number of decoder layers [ours]")
+    heads: int = Field(6, ge=1, le=64, description="attention heads; must divide the width [ours]")
+    intermediate_size: int = Field(512, ge=8, le=16384, description="width of the MLP [ours]")
+    pretrain_steps: Steps = Field(480, description="steps of learning to answer everything [ours]")
+    align_steps: Steps = Field(220, description="steps of learning to refuse [ours]")
+    batch_size: int = Field(64, ge=1, le=4096, description="sequences a step [ours]")
+    learning_rate: float = Field(2e-3, gt=0, le=1, description="peak, pretraining [ours]")
+    align_learning_rate: float = Field(5e-4, gt=0, le=1, description="peak, alignment [ours]")
+
+    @model_validator(mode="after")
+    def _heads_divide_the_width(self):
+        if self.hidden_size % (2 * self.heads):
+            rule = f"must be a multiple of 2 x heads = {2 * self.heads} (rotary halves)"
+            raise Wrong("hidden_size", self.hidden_size, rule)
+        return self
+
+
+class DataConfig(Section):
+    harmful: Name = Field("sandbox", description="D_h: 'sandbox' or a JSONL file [paper: one D_h]")
+    pairs: int | None = Field(192, ge=1, description="at most so many pairs; null: all [ours]")
+    categories: list[Name] | None = Field(
+        None, min_length=1, description="harmful categories to keep; null: all [ours]"
+    )
+    evaluation: Name = Field("sandbox", description="prompts: 'sandbox' or a JSONL file [ours]")
+
+
+class LoraConfig(Section):
+    r: int = Field(8, ge=1, le=1024, description="rank of the factors [ours]")
+    alpha: float = Field(16, gt=0, le=4096, description="the delta is B A alpha/r [ours]")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on the factors' input [ours]")
+    targets: list[Name] = Field(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        min_length=1,
+        description="linear layers that get factors [paper: attention and MLP; names ours]",
+    )
+
+
+class DescentConfig(Section):
+    """Gradient descent on D_h: the over-safety mitigation (OSM) patch."""
+
+    learning_rate: float = Field(3e-4, gt=0, le=1, description="of AdamW [ours]")
+    max_steps: Steps = Field(15, description="optimiser steps [ours]")
+    batch_size: int = Field(24, ge=1, le=4096, description="pairs a step [ours]")
+    warmup_steps: int = Field(3, ge=0, description="of linear warm-up [ours]")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm [ours]")
+
+    @model_validator(mode="after")
+    def _warm_up_ends(self):
+        if self.warmup_steps >= self.max_steps:
+            raise Wrong(
+                "warmup_steps", self.warmup_steps, f"must be below max_steps = {self.max_steps}"
+            )
+        return self
+
+
+class AscentConfig(DescentConfig):
+    """Gradient ascent on D_h: the safety enhancement (SE) patch, held by a clamp and a stop."""
+
+    learning_rate: float = Field(1e-4, gt=0, le=1, description="of AdamW [ours]")
+    max_steps: Steps = Field(120, description="optimiser steps at most [ours]")
+    warmup_steps: int = Field(5, ge=0, description="of linear warm-up [ours]")
+    token_loss_clamp: float = Field(
+        3.0, gt=0, le=100, description="a token whose loss is above this many nats is left [ours]"
+    )
+    stop_mean_loss: float = Field(
+        1.1, gt=0, le=100, description="ends where the mean loss reaches this many nats [ours]"
+    )
+
+    @model_validator(mode="after")
+    def _stop_can_be_reached(self):
+        if self.stop_mean_loss >= self.token_loss_clamp:
+            rule = f"must be below token_loss_clamp = {self.token_loss_clamp}, or it never stops"
+            raise Wrong("stop_mean_loss", self.stop_mean_loss, rule)
+        return self
+
+
+class DerivationConfig(Section):
+    quantization: Literal["nf4", "none"] = Field(
+        "nf4", description="of the frozen backbone [paper: QLoRA, 4-bit NF4]"
+    )
+    lora: LoraConfig = Field(default_factory=LoraConfig, description="shape of the factors")
+    ascent: AscentConfig = Field(default_factory=AscentConfig, description="derives the SE patch")
+    descent: DescentConfig = Field(
+        default_factory=DescentConfig, description="derives the OSM patch"
+    )
+
+
+class ImportanceConfig(Section):
+    samples: int = Field(64, ge=1, description="calibration pairs from D_h [ours; SNIP is paper]")
+    batch_size: int = Field(8, ge=1, le=4096, description="pairs a pass; speed only [ours]")
+    scored_model: Literal["patched", "backbone"] = Field(
+        "patched", description="I_SE on theta_GA, I_OSM on theta_GD, or both on theta [ours]"
+    )
+    loss_on: Literal["answer", "question"] = Field("answer", description="tokens that count [ours]")
+
+
+class PatchingConfig(Section):
+    retention_rate: Rate = Field(0.3, description="p: chance that a delta is kept [paper]")
+    rescale: bool = Field(False, description="divide the kept deltas by p, as DARE does [ours]")
+    top_rate_se: Rate = Field(0.1, description="a: top rate of the SE patch [paper; value ours]")
+    top_rate_osm: Rate = Field(0.1, description="b: top rate of the OSM patch [paper; value ours]")
+    scope: Literal["matrix", "global"] = Field(
+        "matrix", description="top rates per weight matrix, or over all of them [ours]"
+    )
+    order: Literal["rank_all", "rank_retained"] = Field(
+        "rank_all", description="top rates count all weights [paper] or the retained ones [ours]"
+    )
+    alpha: float = Field(3.0, ge=0, le=1000, description="strength of SE [paper; value ours]")
+    beta: float = Field(3.0, ge=0, le=1000, description="strength of OSM [paper; value ours]")
+    scale: Literal["plain", "norm_matched"] = Field(
+        "plain", description="norm_matched: alpha = value x |P| / |kept P|, same for beta [ours]"
+    )
+
+
+class EvaluationConfig(Section):
+    split: Literal["test", "dev"] = Field("test", description="tuning uses dev only [ours]")
+    batch_size: int = Field(64, ge=1, le=4096, description="prompts generated at once [ours]")
+    max_new_tokens: int = Field(16, ge=1, le=4096, description="length of a response [ours]")
+    confidence: float = Field(0.95, gt=0, lt=1, description="of the Wilson intervals [ours]")
+    prompts_per_cell: int | None = Field(
+        None, ge=1, description="at most so many of each group; null: the source's own [ours]"
+    )
+
+
+class ContinualConfig(Section):
+    stages: list[Annotated[list[Name], Field(min_length=1)]] = Field(
+        [["colouring", "tickling"], ["hiding", "shrinking"], ["gluing", "soaking"]],
+        min_length=1,
+        description="harmful categories, stage after stage [paper: three stages; choice ours]",
+    )
+    methods: list[Literal["safepatching", "ga"]] = Field(
+        ["safepatching", "ga"], min_length=1, description="what runs side by side [paper]"
+    )
+
+    @model_validator(mode="after")
+    def _stages_are_disjoint(self):
+        seen: dict[str, int] = {}
+        for number, stage in enumerate(self.stages, start=1):
+            for category in stage:
+                if category in seen:
+                    both = f"stages {seen[category]} and {number}"
+                    rule = f"must be disjoint, but {category!r} stands in {both}"
+                    raise Wrong("stages", self.stages, rule)
+                seen[category] = number
+        return self
+
+
+class Config(Section):
+    """All parameters of a run."""
+
+    run_name: str = Field(
+        "sandbox",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        coerce_numbers_to_str=True,
+        description="name of the run's folder (letters, digits, '.', '_', '-')",
+    )
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="seed of everything random")
+    threads: int | None = Field(
+        1, ge=1, le=1024, description="torch threads; 1 keeps bits equal on any machine; null: all"
+    )
+    outputs: Name = Field("outputs", description="root of the run folders")
+    backbone: BackboneConfig = Field(default_factory=BackboneConfig)
+    sandbox: SandboxConfig = Field(default_factory=SandboxConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    derivation: DerivationConfig = Field(default_factory=DerivationConfig)
+    importance: ImportanceConfig = Field(default_factory=ImportanceConfig)
+    patching: PatchingConfig = Field(default_factory=PatchingConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    continual: ContinualConfig = Field(default_factory=ContinualConfig)
+
+    @model_validator(mode="after")
+    def _continual_categories_are_kept(self):
+        kept = self.data.categories
+        if kept is not None:
+            for category in (name for stage in self.continual.stages for name in stage):
+                if category not in kept:
+                    rule = f"but {category!r} is not among data.categories = {kept}"
+                    raise Wrong("continual.stages", self.continual.stages, rule)
+        return self
+
+    @classmethod
+    def from_sources(
+        cls, values: Mapping[str, Any], overrides: Mapping[str, Any] | None = None
+    ) -> "Config":
+        """Validate nested `values`, after setting `overrides` ({"patching.alpha": 2.0}) in them."""
+        return checked(cls, with_overrides(cls, values, overrides or {}))
+
+
+def load_params(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Read a params file (YAML). A key `overrides` in it is applied first, then `overrides`."""
+    values = read_yaml(path)
+    try:
+        in_file = values.pop("overrides", None) or {}
+        if not isinstance(in_file, Mapping):
+            raise SpkitError(f"overrides is {in_file!r}, allowed: dotted keys with values")
+        return Config.from_sources(values, {**in_file, **(overrides or {})})
+    except SpkitError as error:
+        raise SpkitError(f"{path}: {error}") from None

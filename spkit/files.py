@@ -1,0 +1,108 @@
+"""Writing without half-written files: a temporary name in the same folder, synced, then renamed.
+
+Whoever reads a file under its final name reads all of it, whenever the writer was killed. This file
+knows nothing of stages (`runs.py`) or of what is written.
+"""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from spkit.errors import SpkitError
+
+TEMPORARY = ".tmp-"  # followed by the final name, so that the suffix still tells the format
+REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "no permission to write there",
+    errno.EPERM: "no permission to write there",
+    errno.ENOTDIR: "a file stands where a folder should be",
+    errno.EEXIST: "a file stands where a folder should be",
+}
+
+
+@contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path to write a file *or* a folder to; on success it becomes `path`.
+
+    After an error nothing is left behind and `path` is as before. An OSError (full disk, read-only
+    folder) becomes one SpkitError sentence.
+    """
+    path = Path(path)
+    temporary = path.with_name(TEMPORARY + path.name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(temporary)
+        yield temporary
+        _sync(temporary)
+        if path.is_dir():  # a folder cannot replace a full one, so the old one steps aside
+            aside = path.with_name(f"{TEMPORARY}old-{path.name}")
+            _remove(aside)
+            path.rename(aside)
+            temporary.rename(path)
+            _remove(aside)
+        else:
+            os.replace(temporary, path)
+        _sync_folder_entry(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise write_error(path, error) from error
+    finally:
+        if temporary.exists():
+            _remove(temporary)
+
+
+def make_folder(path: str | Path) -> Path:
+    """Create the folder with its parents; clear temporary files that a killed run left in it."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        for leftover in path.rglob(f"{TEMPORARY}*"):
+            _remove(leftover)
+        # fails here and not after an hour's work if the folder is read-only
+        probe = path / f"{TEMPORARY}probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise write_error(path, error) from error
+    return path
+
+
+def write_error(path: Path, error: Exception) -> SpkitError:
+    """One sentence for a failed write."""
+    code = getattr(error, "errno", None)
+    if code is None and "os error 28" in str(error):  # safetensors speaks Rust
+        code = errno.ENOSPC
+    reason = REASONS.get(code) or getattr(error, "strerror", None) or str(error)
+    return SpkitError(
+        f"cannot write {path}: {reason}; make room or access, or choose another root folder with "
+        f"the parameter outputs, then run again"
+    )
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    for file in files:
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+
+
+def _sync_folder_entry(folder: Path) -> None:
+    if os.name == "posix":  # Windows has no handle of a folder
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

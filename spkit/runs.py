@@ -1,0 +1,280 @@
+"""Run folders: which stages there are, what each depends on, and the record beside its results.
+
+A stage is one notebook. It writes into outputs/<run_name>/seed-<seed>/<stage>/ and is complete when
+its `record.json` is there, which is written last. Times, commit and hardware stand in the record
+alone, so that all other files of a run are the same bytes for the same seed.
+
+All relative paths are relative to the repository's root, into which `notebook.start` and the
+Snakefile change. This file does not know what the stages compute.
+"""
+
+import hashlib
+import json
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spkit.config import Config
+from spkit.errors import SpkitError
+from spkit.files import atomic, make_folder
+from spkit.machine import git_state, hardware, peak_memory_mib, versions
+
+PACKAGE = Path(__file__).parent
+NOTEBOOKS = Path("notebooks")
+WHOLE_FILE_BYTES = 64 * 2**20  # larger input files (weights) are known by name and size alone
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One notebook in the graph.
+
+    sections: the sections of the parameters that it depends on (its upstream stages' included).
+    needs: the stages whose files it reads.
+    code: the modules of spkit that it runs, as globs; a change in them makes a result outdated.
+    results: whether it writes a results.csv, a part of the run's.
+    """
+
+    sections: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+    code: tuple[str, ...] = ()
+    results: bool = False
+
+
+_MODEL = ("backbone", "sandbox", "data")
+_CODE = ("backbone.py", "chat.py", "data.py", "examples.py", "plots.py", "sandbox/**/*")
+_DERIVE = (*_CODE, "derivation.py")
+_SCORE = (*_DERIVE, "importance.py")
+_PATCH = (*_SCORE, "patching.py", "ablations.py", "evaluation.py")
+STAGES = {
+    "00_backbone": Stage((*_MODEL, "evaluation"), (), (*_CODE, "evaluation.py"), True),
+    "01_patch_derivation": Stage((*_MODEL, "derivation"), ("00_backbone",), _DERIVE),
+    "02_importance_analysis": Stage(
+        (*_MODEL, "derivation", "importance"), ("00_backbone", "01_patch_derivation"), _SCORE
+    ),
+    "03_controllable_patching": Stage(
+        (*_MODEL, "derivation", "importance", "patching", "evaluation"),
+        ("00_backbone", "01_patch_derivation", "02_importance_analysis"),
+        _PATCH,
+        True,
+    ),
+    "04_continual_psa": Stage(
+        (*_MODEL, "derivation", "importance", "patching", "evaluation", "continual"),
+        ("00_backbone",),  # so it runs beside 01-03
+        (*_PATCH, "continual.py"),
+        True,
+    ),
+}
+
+
+# ---- places --------------------------------------------------------------------------------------
+
+
+def run_folder(config: Config) -> Path:
+    """outputs/<run_name>/seed-<seed>: everything of one run with one seed."""
+    return Path(config.outputs) / config.run_name / f"seed-{config.seed}"
+
+
+def stage_folder(config: Config, stage: str) -> Path:
+    """The folder of one stage; SpkitError for a stage that is not in STAGES."""
+    if stage not in STAGES:
+        raise SpkitError(f"unknown stage {stage!r}, allowed: {', '.join(STAGES)}")
+    return run_folder(config) / stage
+
+
+def stamp(config: Config, stage: str) -> Path:
+    """An empty file whose *name* tells what the stage was made from; the Snakefile looks for it.
+
+    Another parameter, another input file or other code is another name. So a second run does
+    nothing, and a changed parameter reruns exactly the stages that depend on it.
+    """
+    text = json.dumps(identity(config, stage), sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return stage_folder(config, stage) / f"made-from-{digest[:12]}"
+
+
+# ---- what a stage is made from -------------------------------------------------------------------
+
+
+def identity(config: Config, stage: str) -> dict[str, Any]:
+    """All that decides a stage's results: parameters, seed, contents of input files, code."""
+    sections = STAGES[stage].sections
+    dumped = config.model_dump(mode="json")
+    return {
+        "stage": stage,
+        "seed": config.seed,
+        "params": {section: dumped[section] for section in sections},
+        "files": dict(_input_files(config, sections)),
+        "code": dict(_code(stage)),
+    }
+
+
+def _input_files(config: Config, sections: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """(parameter, digest) of the user's own files; a missing one is an error already here."""
+    named = {"data.harmful": config.data.harmful}
+    if "evaluation" in sections:
+        named["data.evaluation"] = config.data.evaluation
+    for key, source in named.items():
+        if source != "sandbox":
+            if not Path(source).is_file():
+                raise SpkitError(f"{key} is {source!r}: no such file; allowed: 'sandbox' or a file")
+            yield key, _digest([Path(source)])
+    folder = Path(config.backbone.source)
+    if config.backbone.source != "sandbox" and folder.is_dir():
+        yield "backbone.source", _digest(sorted(p for p in folder.rglob("*") if p.is_file()))
+
+
+def _code(stage: str) -> Iterator[tuple[str, str]]:
+    files = {path for glob in STAGES[stage].code for path in PACKAGE.glob(glob) if path.is_file()}
+    for path in sorted(p for p in files if "__pycache__" not in p.parts):
+        yield f"spkit/{path.relative_to(PACKAGE).as_posix()}", _digest([path])
+    notebook = NOTEBOOKS / f"{stage}.ipynb"
+    if notebook.is_file():  # its code cells alone: neither text nor saved outputs matter
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        code = [
+            "".join(cell["source"])
+            for cell in cells
+            if cell["cell_type"] == "code"
+            and "parameters" not in cell.get("metadata", {}).get("tags", [])
+        ]
+        yield notebook.as_posix(), hashlib.sha256("\n".join(code).encode()).hexdigest()
+
+
+def _digest(paths: list[Path]) -> str:
+    total = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        total.update(f"{path.name} {size} ".encode())
+        if size <= WHOLE_FILE_BYTES:
+            total.update(path.read_bytes())
+    return total.hexdigest()
+
+
+# ---- upstream ------------------------------------------------------------------------------------
+
+
+def require(config: Config, stage: str) -> None:
+    """Check that every stage which `stage` reads from is complete and made with these parameters.
+
+    SpkitError names the notebook to run, and for an outdated one the key that differs. Changed code
+    is only a warning here: a comment added to a module should stop nobody.
+    """
+    mine = identity(config, stage)
+    for upstream in STAGES[stage].needs:
+        record = read_record(config, upstream)
+        folder, notebook = stage_folder(config, upstream), NOTEBOOKS / f"{upstream}.ipynb"
+        if record is None:
+            raise SpkitError(
+                f"{stage} needs the results of {upstream}, but {folder / 'record.json'} is "
+                f"missing: run {notebook} first (run_name={config.run_name}, seed={config.seed})"
+            )
+        # only what both depend on: the evaluation's settings do not make a backbone outdated
+        for kind in ("params", "files"):
+            theirs = _flat(record.get(kind, {}))
+            for key, value in _flat(mine[kind]).items():
+                if key in theirs and theirs[key] != value:
+                    change = f"{theirs[key]!r} there and {value!r} here"
+                    change = change if kind == "params" else "a file that has changed since"
+                    raise SpkitError(
+                        f"{folder} is outdated: {key} is {change}; run {notebook} again with the "
+                        f"present parameters, or choose another run_name"
+                    )
+        theirs = record.get("code", {})
+        changed = [name for name, d in mine["code"].items() if theirs.get(name, d) != d]
+        if changed:
+            warnings.warn(f"{upstream} was made before a change in {changed[0]}", stacklevel=3)
+
+
+def read_record(config: Config, stage: str) -> dict[str, Any] | None:
+    """The record of a complete stage, or None."""
+    path = stage_folder(config, stage) / "record.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise SpkitError(f"{path}: cannot be read ({error}); delete it and run again") from None
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+# ---- one stage's work ----------------------------------------------------------------------------
+
+
+class Run:
+    """The open folder of one stage: read upstream files from it, write results to it, finish it."""
+
+    def __init__(self, config: Config, stage: str):
+        require(config, stage)
+        self.config, self.stage = config, stage
+        self.folder = make_folder(stage_folder(config, stage))
+        self._identity, self._stamp = identity(config, stage), stamp(config, stage)
+        self._began = time.monotonic()
+        # from here on until `finish` the stage is incomplete, also if this process is killed
+        (self.folder / "record.json").unlink(missing_ok=True)
+        for old in self.folder.glob("made-from-*"):
+            old.unlink()
+
+    def input(self, stage: str, name: str) -> Path:
+        """The path of an upstream stage's file or folder; SpkitError names the notebook."""
+        if stage not in STAGES[self.stage].needs:
+            needs = ", ".join(STAGES[self.stage].needs) or "nothing"
+            raise SpkitError(f"{self.stage} reads from {stage!r}, allowed: {needs}")
+        path = stage_folder(self.config, stage) / name
+        if not path.exists():
+            raise SpkitError(f"{path} is missing: run {NOTEBOOKS / stage}.ipynb again")
+        return path
+
+    def write(self, name: str) -> AbstractContextManager[Path]:
+        """`with run.write("model") as path:` a file or folder written to `path` becomes `name`."""
+        return atomic(self.folder / name)
+
+    def save_frame(self, name: str, frame) -> Path:
+        """A pandas data frame as CSV, the same bytes for the same values."""
+        with self.write(name) as path:
+            frame.to_csv(path, index=False, lineterminator="\n", encoding="utf-8")
+        return self.folder / name
+
+    def save_json(self, name: str, value: Any) -> Path:
+        """A value as indented JSON."""
+        with self.write(name) as path:
+            path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        return self.folder / name
+
+    def save_figure(self, name: str, figure) -> Path:
+        """A matplotlib figure as figures/<name>.png and .svg, without a date inside."""
+        import matplotlib
+
+        with matplotlib.rc_context({"svg.hashsalt": "spkit"}):
+            for suffix, inside in (("png", {"Software": None}), ("svg", {"Date": None})):
+                with self.write(f"figures/{name}.{suffix}") as path:
+                    figure.savefig(path, bbox_inches="tight", dpi=150, metadata=inside)
+        return self.folder / "figures" / f"{name}.png"
+
+    def finish(self, **notes: Any) -> Path:
+        """Write the record, last of all: now the stage is complete. `notes` go into the record."""
+        record = {
+            **self._identity,
+            "notes": notes,
+            "run_name": self.config.run_name,
+            "threads": self.config.threads,
+            "versions": versions(),
+            "git": git_state(),
+            "hardware": hardware(),
+            "seconds": round(time.monotonic() - self._began, 1),
+            "peak_memory_mib": peak_memory_mib(),
+        }
+        with atomic(self._stamp) as path:
+            path.touch()
+        return self.save_json("record.json", record)

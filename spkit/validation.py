@@ -1,0 +1,224 @@
+"""How a mistake in the parameters becomes one sentence: full dotted key, value, what is allowed.
+
+Here are the base class of all sections, the reading of YAML, overrides by dotted key, and the words
+for pydantic's errors. Which parameters exist lies in `config.py`.
+"""
+
+import difflib
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from spkit.errors import SpkitError
+
+
+class Section(BaseModel):
+    """Common to all sections: unknown keys are errors, values do not change after validation."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_values(cls, values: Any) -> Any:
+        # `patching:` with nothing under it is None in YAML and means the defaults.
+        # True counts as 1 in Python, so `pairs: true` would silently mean one pair.
+        if values is None:
+            return {}
+        if isinstance(values, Mapping):
+            for key, value in values.items():
+                field = cls.model_fields.get(key)
+                if isinstance(value, bool) and field is not None and field.annotation is not bool:
+                    raise Wrong(key, value, f"allowed: {_allowed(cls, key)}")
+        return values
+
+
+class Wrong(ValueError):
+    """A value that breaks a rule between fields: (key below its section, value, the rule)."""
+
+    def __init__(self, key: str, value: Any, rule: str):
+        self.key, self.value, self.rule = key, value, rule
+        super().__init__(f"{key} is {value!r}, {rule}")
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The file's top-level mapping; SpkitError for an unreadable file, bad YAML or a key twice."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise SpkitError(f"{path}: cannot read the params file ({reason})") from None
+    try:
+        values = yaml.load(text, Loader=_UniqueKeys)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        what = getattr(error, "problem", None) or "unreadable"
+        raise SpkitError(f"{path}{where}: not valid YAML: {what}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise SpkitError(f"{path}: found a {type(values).__name__}, must hold sections of keys")
+    return values
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """PyYAML lets the last of two equal keys win without a word; here it is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in keys:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key!r} stands twice", problem_mark=key_node.start_mark
+                )
+            keys.add(key)
+        return super().construct_mapping(node, deep)
+
+
+# ---- overrides -----------------------------------------------------------------------------------
+
+
+def dotted_keys(model: type[Section], prefix: str = "") -> Iterator[str]:
+    """Every single value's full key, such as "derivation.lora.r"."""
+    for name, field in model.model_fields.items():
+        if _is_section(field.annotation):
+            yield from dotted_keys(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def with_overrides(
+    model: type[Section], values: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A copy of nested `values` in which each dotted key of `overrides` is set; keys must exist."""
+    if not isinstance(overrides, Mapping):
+        raise SpkitError(f"overrides is {overrides!r}, allowed: dotted keys with values")
+    result = deepcopy(dict(values))
+    known = list(dotted_keys(model))
+    for key, value in overrides.items():
+        if key not in known:
+            below = next((name for name in known if name.startswith(f"{key}.")), None)
+            if below:
+                raise SpkitError(f"overrides: {key} is a section, name one value in it: {below}")
+            near = nearest(str(key), known, otherwise=f"a section's value, such as {known[-1]}")
+            raise SpkitError(f"overrides: unknown key {key}{near}")
+        *sections, last = key.split(".")
+        place = result
+        for section in sections:
+            if not isinstance(place.get(section), Mapping):
+                if place.get(section) is not None:
+                    break  # not a section: the validation below says so
+                place[section] = {}
+            place = place[section]
+        else:
+            place[last] = value
+    return result
+
+
+# ---- one sentence for each mistake ---------------------------------------------------------------
+
+
+def checked(model: type[Section], values: Mapping[str, Any]) -> Any:
+    """The validated `model`, or a SpkitError that tells the first mistake and how many follow."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        mistakes = error.errors()
+        more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
+        raise SpkitError(_sentence(model, mistakes[0]) + more) from None
+
+
+def _sentence(model: type[Section], mistake: Mapping[str, Any]) -> str:
+    path = [str(part) for part in mistake["loc"]]
+    raised = mistake.get("ctx", {}).get("error")
+    if isinstance(raised, Wrong):
+        key = ".".join([*path, raised.key])
+        return f"{key} is {raised.value!r}, {raised.rule}"
+    owner, depth = _owner(model, path)
+    key = ".".join(path)
+    if mistake["type"] in ("extra_forbidden", "invalid_key"):
+        names = list(owner.model_fields)
+        near = nearest(path[-1], names, prefix=".".join(path[:-1]))
+        value = f" (value {mistake['input']!r})" if mistake["type"] == "extra_forbidden" else ""
+        return f"unknown key {key}{value}{near}"
+    if depth == len(path):  # a whole section is not a mapping
+        return f"{key} is {mistake['input']!r}, allowed: a section with the keys {_listed(owner)}"
+    # inside a list the location goes on: continual.stages.1 is an entry of the field `stages`
+    allowed = _allowed(owner, path[depth], entry=len(path) - depth - 1)
+    return f"{key} is {mistake['input']!r}, allowed: {allowed}"
+
+
+def _owner(model: type[Section], path: list[str]) -> tuple[type[Section], int]:
+    """The innermost section on the path, and how many parts of the path lead to it."""
+    depth = 0
+    for part in path:
+        field = model.model_fields.get(part)
+        if field is None or not _is_section(field.annotation):
+            break
+        model, depth = field.annotation, depth + 1
+    return model, depth
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def _allowed(model: type[Section], key: str, entry: int = 0) -> str:
+    """What the field (or an entry, so many lists deep) may hold, in words, from its JSON schema."""
+    schema = model.model_json_schema()["properties"][key]
+    for _ in range(entry):
+        options = schema.get("anyOf", [schema])
+        schema = next(option for option in options if "items" in option)["items"]
+    return _words(schema)
+
+
+def _words(schema: Mapping[str, Any]) -> str:
+    if "anyOf" in schema:
+        return " or ".join(_words(option) for option in schema["anyOf"])
+    if "enum" in schema or "const" in schema:
+        return "one of " + ", ".join(map(repr, schema.get("enum", [schema.get("const")])))
+    kind = schema.get("type")
+    if kind == "array":
+        return f"a list, not empty, whose entries are each {_words(schema['items'])}"
+    words = {
+        "integer": "a whole number",
+        "number": "a number",
+        "string": "a text",
+        "boolean": "true or false",
+        "null": "null",
+    }[kind]
+    bounds = [
+        ("exclusiveMinimum", "above"),
+        ("minimum", "at least"),
+        ("exclusiveMaximum", "below"),
+        ("maximum", "at most"),
+    ]
+    said = [f"{word} {_number(schema[name])}" for name, word in bounds if name in schema]
+    if "pattern" in schema:
+        said.append(f"matching {schema['pattern']}")
+    if schema.get("minLength"):
+        said.append("that is not empty")
+    return f"{words} {' and '.join(said)}".strip()
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if value == int(value) else str(value)
+
+
+def _listed(model: type[Section]) -> str:
+    return ", ".join(model.model_fields)
+
+
+def nearest(key: str, known: list[str], prefix: str = "", otherwise: str = "") -> str:
+    """Either ", did you mean ...?" or, where no known key is near, ", allowed: ..."."""
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if near:
+        return f", did you mean {prefix + '.' if prefix else ''}{near[0]}?"
+    return f", allowed: {otherwise or ', '.join(known)}"
