@@ -4,7 +4,7 @@
     config, run = start("01_patch_derivation", globals())
 
 Works the same under papermill (from the repository's root), JupyterLab and nbclient (from
-notebooks/). `python -m spkit.notebook executed.ipynb` says in one sentence why a notebook failed.
+notebooks/). `why_failed` says in one sentence why an executed notebook ended early.
 This file computes nothing.
 """
 
@@ -117,7 +117,10 @@ def why_failed(executed: str | Path) -> str:
     try:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     except (OSError, ValueError, KeyError):
-        return f"{path.stem} did not start; see the messages above"
+        messages = path.with_suffix(".txt")
+        lines = messages.read_text(errors="replace").split("\n") if messages.is_file() else []
+        last = next((line for line in reversed(lines) if line.strip()), "no message")
+        return f"{path.stem} did not run: {last} (see {messages})"
     code = [cell for cell in cells if cell["cell_type"] == "code"]
     for cell in code:
         for output in cell["outputs"]:
@@ -128,7 +131,3 @@ def why_failed(executed: str | Path) -> str:
         f"{path.stem} was cut off after {done} of {len(code)} code cells: its kernel was killed "
         f"(often too little memory) or interrupted, or the disk is full; {again}"
     )
-
-
-if __name__ == "__main__":
-    sys.exit(why_failed(sys.argv[1]))

@@ -61,7 +61,12 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m spkit.summary", description=__doc__)
     parser.add_argument("params", help="the run's params file")
-    path, frame = write(load_params(parser.parse_args(arguments).params))
+    parser.add_argument("--seed", type=int, help="instead of the file's")
+    parser.add_argument("--run-name", help="instead of the file's")
+    given = vars(parser.parse_args(arguments))
+    params = given.pop("params")
+    config = load_params(params, {key: value for key, value in given.items() if value is not None})
+    path, frame = write(config)
     print(f"{short_table(frame)}\n\nRates in percent. All rows with intervals: {path}")
 
 

@@ -1,0 +1,102 @@
+# The graph of notebooks: one rule a notebook, run by papermill. `make walkthrough` calls it; by hand:
+#
+#   snakemake --cores 2 --config params=params/sandbox.yaml seed=1 "overrides={patching.alpha: 2.0}"
+#
+# What reruns, and why: a stage's output is an empty file whose *name* is a digest of all that the
+# stage was made from: the sections of the parameters on which it depends, the seed, the user's own
+# input files, and the code (the modules of spkit that it runs and the notebook's code cells, not its
+# text). If the file of today's name is there, there is nothing to do; if not, the notebook runs. Hence
+# `ancient`: dates decide nothing, and a new evaluation setting reruns 00 and not the derivation.
+#
+# Snakemake deletes a failed rule's outputs, so the executed notebook is a log and survives. Nothing
+# below is needed to run a notebook by itself.
+
+import shlex
+import sys
+import time
+
+import yaml
+
+from spkit.config import load_params
+from spkit.errors import SpkitError
+from spkit.files import atomic
+from spkit.notebook import why_failed
+from spkit.runs import NOTEBOOKS, STAGES, run_folder, stage_folder, stamp
+from spkit.validation import nearest
+
+PYTHON = shlex.quote(sys.executable)
+STARTED = time.time()
+TOP_LEVEL = ("seed", "run_name", "outputs", "threads")
+KNOWN = ("params", "overrides", *TOP_LEVEL)
+
+try:
+    for key in config:
+        if key not in KNOWN:
+            raise SpkitError(f"--config: unknown key {key}{nearest(key, list(KNOWN))}")
+    CONFIG = load_params(
+        config.get("params", "params/sandbox.yaml"),
+        {**config.get("overrides", {}), **{k: config[k] for k in TOP_LEVEL if k in config}},
+    )
+    STAMPS = {stage: stamp(CONFIG, stage) for stage in STAGES}
+except SpkitError as error:
+    sys.exit(f"spkit: {error}")
+
+RUN = run_folder(CONFIG)
+LOG = RUN / "log"
+RESOLVED = RUN / "params.yaml"
+
+
+def record(stage):
+    return stage_folder(CONFIG, stage) / "record.json"
+
+
+onstart:
+    with atomic(RESOLVED) as path:
+        path.write_text(yaml.safe_dump(CONFIG.model_dump(mode="json"), sort_keys=False))
+
+
+onerror:
+    for stage in STAGES:
+        notebook = LOG / f"{stage}.ipynb"
+        messages = notebook.with_suffix(".txt")
+        if messages.exists() and messages.stat().st_mtime >= STARTED and not STAMPS[stage].exists():
+            print(f"\nspkit: {why_failed(notebook)}", file=sys.stderr)
+
+
+rule all:
+    input:
+        RUN / "results.csv",
+        STAMPS.values(),
+
+
+rule results:
+    input:
+        [record(stage) for stage in STAGES if STAGES[stage].results],
+    output:
+        RUN / "results.csv",
+    log:
+        LOG / "results.txt",
+    shell:
+        "{PYTHON} -m spkit.summary {RESOLVED:q} > {log:q} 2>&1"
+
+
+for stage in STAGES:
+
+    rule:
+        name:
+            stage.partition("_")[2]
+        message:
+            f"notebook {stage}"
+        input:
+            upstream=[ancient(record(need)) for need in STAGES[stage].needs],
+            notebook=ancient(NOTEBOOKS / f"{stage}.ipynb"),
+        output:
+            STAMPS[stage],
+            record(stage),
+        log:
+            notebook=LOG / f"{stage}.ipynb",
+            messages=LOG / f"{stage}.txt",
+        threads: CONFIG.threads or workflow.cores
+        shell:
+            "rm -f {log.notebook:q}; {PYTHON} -m papermill {input.notebook:q} {log.notebook:q}"
+            " -k python3 -f {RESOLVED:q} --no-progress-bar > {log.messages:q} 2>&1"
