@@ -12,17 +12,19 @@ layer is the wrapper, and W the effective weight.
 What this file does not do: train, rank (patching.py), or decide which model is scored.
 """
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from spkit.backbone import effective_weight, target_weights
 from spkit.chat import answer_loss, mean_per_sample
 from spkit.errors import SpkitError
+from spkit.files import atomic
 
 
 def snip(
@@ -96,32 +98,16 @@ def snip(
 def save(scores: Mapping[str, Tensor], path: str | Path, note: str = "") -> None:
     """Write {name: tensor} as safetensors. The same scores and note give the same bytes.
 
-    Under a temporary name first, so that an interruption leaves no half-written file.
+    Nothing half-written is left behind; SpkitError for a full disk or a read-only folder.
     """
-    from safetensors.torch import save as to_bytes
-
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    # one metadata key only: safetensors writes several in random order
     tensors = {name: score.detach().cpu().contiguous() for name, score in scores.items()}
-    content = to_bytes(tensors, metadata={"note": note} if note else None)
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise SpkitError(f"Cannot write {str(path)!r}: {error.strerror}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic(path) as temporary:
+        # one metadata key at most: safetensors writes several in random order
+        save_file(tensors, temporary, metadata={"note": note} if note else None)
 
 
 def load(path: str | Path) -> dict[str, Tensor]:
     """Read what `save` wrote, by name; SpkitError if the file is missing or not safetensors."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
         return load_file(path)
     except FileNotFoundError:

@@ -124,7 +124,7 @@ def test_answer_loss_by_hand():
 
 
 def test_mean_per_sample_is_over_the_counted_tokens():
-    losses = torch.tensor([[1.0, 2.0, 0.0], [4.0, 0.0, 0.0]])
+    losses = torch.tensor([[1.0, 2.0, 9.0], [4.0, 9.0, 9.0]])
     mask = torch.tensor([[True, True, False], [True, False, False]])
     assert mean_per_sample(losses, mask).tolist() == [1.5, 4.0]
     with pytest.raises(SpkitError, match="Sample 1 of the batch has no token"):

@@ -261,6 +261,8 @@ def test_kept_sets_are_disjoint_and_retained(seed, p, a, b, order, scope):
         for name in shapes:
             expected = held_se[name] & top_rate_set(se[name], a) & ~top_rate_set(osm[name], b)
             assert torch.equal(keep_se[name], expected)
+            expected = held_osm[name] & top_rate_set(osm[name], b) & ~top_rate_set(se[name], a)
+            assert torch.equal(keep_osm[name], expected)
 
 
 @pytest.mark.parametrize("wrong", [{"order": "retain"}, {"scope": "layer"}])
