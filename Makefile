@@ -20,7 +20,7 @@ READY := $(VENV)/.spkit-installed
 
 # --nolock: a killed run would leave a lock behind, and the next one is to go on from there
 walkthrough: $(READY)
-	$(BIN)/snakemake --cores $(CORES) --rerun-incomplete --nolock --quiet progress --config \
+	$(BIN)/snakemake --cores $(CORES) --rerun-incomplete --nolock --quiet progress host reason --config \
 	  params=$(PARAMS) $(if $(SEED),seed=$(SEED)) $(if $(RUN),run_name=$(RUN))
 	$(BIN)/python -m spkit.summary $(PARAMS) \
 	  $(if $(SEED),--seed $(SEED)) $(if $(RUN),--run-name $(RUN))

@@ -1,8 +1,7 @@
 """All results of one run in one table: results.csv of its stages, one below the other.
 
 `python -m spkit.summary params/x.yaml` writes it again and prints a short table. Numbers are only
-copied here, never computed. The short table shows `rate` in percent, a row a model, from the rows
-that cover a whole group (category "all").
+copied here, never computed.
 """
 
 import argparse
@@ -14,12 +13,13 @@ from tabulate import tabulate
 
 from spkit.config import Config, load_params
 from spkit.errors import SpkitError
+from spkit.evaluation import COLUMNS, headline
 from spkit.files import atomic
 from spkit.runs import STAGES, read_record, run_folder, stage_folder
 
 
 def collect(config: Config) -> pd.DataFrame:
-    """The results of every complete stage, in the stages' order, with a first column `stage`."""
+    """The results of every complete stage, in the stages' order, with a first column `notebook`."""
     frames = []
     for stage in STAGES:
         path = stage_folder(config, stage) / "results.csv"
@@ -28,7 +28,7 @@ def collect(config: Config) -> pd.DataFrame:
                 frame = pd.read_csv(path, keep_default_na=False, dtype=str)
             except (OSError, ValueError) as error:
                 raise SpkitError(f"{path}: cannot be read ({error}); run {stage} again") from None
-            frame.insert(0, "stage", stage)
+            frame.insert(0, "notebook", stage)
             frames.append(frame)
     if not frames:
         raise SpkitError(f"{run_folder(config)} holds no results yet: run make walkthrough first")
@@ -44,17 +44,21 @@ def write(config: Config) -> tuple[Path, pd.DataFrame]:
 
 
 def short_table(frame: pd.DataFrame) -> str:
-    """A row a model, a column a group and metric, rates in percent; for the terminal."""
-    if "category" in frame and (frame["category"] == "all").any():
-        frame = frame[frame["category"] == "all"]
-    columns = [name for name in ("group", "metric") if name in frame]
-    if not columns or not {"model", "rate"} <= set(frame):
-        return tabulate(frame, headers="keys", showindex=False)
-    rows = [name for name in ("stage", "step", "model") if name in frame]
-    percent = frame.assign(rate=100 * pd.to_numeric(frame["rate"], errors="coerce"))
-    wide = percent.pivot_table(index=rows, columns=columns, values="rate", sort=False)
-    wide.columns = ["\n".join((c,) if isinstance(c, str) else c) for c in wide.columns]
-    return tabulate(wide.reset_index(), headers="keys", showindex=False, floatfmt=".1f")
+    """The headline figures in percent, a row a notebook and model, for the terminal.
+
+    A column that `evaluation` does not know (the step of a continual run) is one more row key.
+    """
+    keys = [name for name in frame if name not in COLUMNS]
+    frame = frame.astype({"n": int, "k": int})
+    parts = []
+    for values, part in frame.groupby(keys, sort=False):
+        table = headline(part).rename_axis("model").reset_index()
+        for position, (key, value) in enumerate(zip(keys, values, strict=True)):
+            table.insert(position, key, value)
+        parts.append(table)
+    table = pd.concat(parts, ignore_index=True)
+    table.columns = [name.replace(" ", "\n") for name in table.columns]
+    return tabulate(table, headers="keys", showindex=False, floatfmt=".1f", missingval="")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -67,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
     params = given.pop("params")
     config = load_params(params, {key: value for key, value in given.items() if value is not None})
     path, frame = write(config)
-    print(f"{short_table(frame)}\n\nRates in percent. All rows with intervals: {path}")
+    print(f"{short_table(frame)}\n\nAll rows, with intervals: {path}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,83 @@
+"""The ground holds together: pins, versions, licence, and what pre-commit and make name."""
+
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import spkit
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+
+
+def pins(lines) -> dict[str, str]:
+    """{canonical name: version} of the lines `name==version`."""
+    found = (re.fullmatch(r"([\w.-]+)==(\S+)", line.strip()) for line in lines)
+    return {canonicalize_name(match[1]): match[2] for match in found if match}
+
+
+CONSTRAINTS = pins((ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines())
+ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+
+
+def requirements(names=("run", "dev")) -> list[Requirement]:
+    return [Requirement(line) for line in PROJECT["dependencies"] + sum(map(EXTRAS.get, names), [])]
+
+
+def test_constraints_pin_every_dependency_to_a_version_that_it_allows():
+    for requirement in requirements(("run", "dev", "eval")):
+        pin = CONSTRAINTS[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(pin), requirement
+    assert CONSTRAINTS["torch"] == "2.13.0"
+
+
+def test_constraints_hold_nothing_of_one_machine():
+    text = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    assert not re.search(r"file:|https?://| @ |\+cpu|\+cu", text)
+
+
+def test_conda_environment_has_the_same_pins():
+    conda = ENVIRONMENT["dependencies"]
+    pip = pins(conda[-1]["pip"])
+    assert set(pip) == {canonicalize_name(r.name) for r in requirements()}
+    assert all(CONSTRAINTS[name] == version for name, version in pip.items())
+    assert "--editable ." in conda[-1]["pip"]
+    python = next(line for line in conda if str(line).startswith("python="))
+    assert python.split("=")[1] == PROJECT["requires-python"].removeprefix(">=")
+
+
+def test_one_version_of_the_kit():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert spkit.__version__ == PROJECT["version"] == citation["version"]
+    assert citation["license"] == PROJECT["license"] == "Apache-2.0"
+    assert "END OF TERMS AND CONDITIONS" in (ROOT / "LICENSE").read_text(encoding="utf-8")
+
+
+def test_pre_commit_uses_the_pinned_tools():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    names = {"ruff-pre-commit": "ruff", "nbstripout": "nbstripout"}
+    for repo in hooks["repos"]:
+        name = names[repo["repo"].rsplit("/", 1)[1]]
+        assert repo["rev"].removeprefix("v") == CONSTRAINTS[name]
+
+
+def test_make_has_its_targets_and_ci_calls_them():
+    for target in ("walkthrough", "test", "lint", "lab", "clean"):
+        command = ["make", "--dry-run", "--always-make", target]
+        made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert made.returncode == 0, made.stderr
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "set -e" in script and "make lint" in script and "make test" in script
+
+
+def test_walkthrough_takes_any_params_file():
+    command = ["make", "--dry-run", "walkthrough", "PARAMS=params/mine.yaml", "SEED=3", "RUN=mine"]
+    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "params=params/mine.yaml seed=3 run_name=mine" in made
+    assert "spkit.summary params/mine.yaml" in made and "--seed 3 --run-name mine" in made
