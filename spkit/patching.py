@@ -153,6 +153,28 @@ def intersection_set(own: Tensor, other: Tensor) -> Tensor:
     return own & _mask(other, own, "other")
 
 
+def top_rate_sets(
+    scores: Mapping[str, Tensor],
+    rate: float,
+    retained: Mapping[str, Tensor],
+    *,
+    order: str = "rank_all",
+    scope: str = "matrix",
+) -> dict[str, Tensor]:
+    """S of one patch for every matrix, {name: bool}; `order` and `scope` as in `kept_sets`."""
+    if order not in ORDERS:
+        raise ValueError(f"order is {order!r}; allowed are {', '.join(ORDERS)}")
+    if scope not in SCOPES:
+        raise ValueError(f"scope is {scope!r}; allowed are {', '.join(SCOPES)}")
+    among = retained if order == "rank_retained" else None
+    if scope == "global":
+        return global_top_rate_sets(scores, rate, among)
+    return {
+        name: top_rate_set(score, rate, None if among is None else among[name])
+        for name, score in scores.items()
+    }
+
+
 def kept_sets(
     scores_se: Mapping[str, Tensor],
     scores_osm: Mapping[str, Tensor],
@@ -176,21 +198,8 @@ def kept_sets(
     scope="matrix": top rates per weight matrix; "global": over all of them [both ours].
     The two kept sets are always disjoint.
     """
-    if order not in ORDERS:
-        raise ValueError(f"order is {order!r}; allowed are {', '.join(ORDERS)}")
-    if scope not in SCOPES:
-        raise ValueError(f"scope is {scope!r}; allowed are {', '.join(SCOPES)}")
-
-    def top(scores, rate, retained):
-        among = retained if order == "rank_retained" else None
-        if scope == "global":
-            return global_top_rate_sets(scores, rate, among)
-        return {
-            name: top_rate_set(score, rate, None if among is None else among[name])
-            for name, score in scores.items()
-        }
-
-    top_se, top_osm = top(scores_se, rate_se, retained_se), top(scores_osm, rate_osm, retained_osm)
+    top_se = top_rate_sets(scores_se, rate_se, retained_se, order=order, scope=scope)
+    top_osm = top_rate_sets(scores_osm, rate_osm, retained_osm, order=order, scope=scope)
     keep_se = {n: retained_se[n] & difference_set(s, top_osm[n]) for n, s in top_se.items()}
     keep_osm = {n: retained_osm[n] & difference_set(s, top_se[n]) for n, s in top_osm.items()}
     return keep_se, keep_osm
