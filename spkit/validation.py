@@ -107,7 +107,9 @@ def with_overrides(
             below = next((name for name in known if name.startswith(f"{key}.")), None)
             if below:
                 raise SpkitError(f"overrides: {key} is a section, name one value in it: {below}")
-            near = nearest(str(key), known, otherwise=f"a section's value, such as {known[-1]}")
+            same = [name for name in known if name.endswith(f".{key}")]  # the section was forgotten
+            near = f", did you mean {' or '.join(same)}?" if same else ""
+            near = near or nearest(str(key), known, otherwise=f"a key such as {known[-1]}")
             raise SpkitError(f"overrides: unknown key {key}{near}")
         *sections, last = key.split(".")
         place = result
