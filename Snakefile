@@ -61,6 +61,9 @@ onerror:
         messages = notebook.with_suffix(".txt")
         if messages.exists() and messages.stat().st_mtime >= STARTED and not STAMPS[stage].exists():
             print(f"\nspkit: {why_failed(notebook)}", file=sys.stderr)
+    table = LOG / "results.txt"
+    if table.exists() and table.stat().st_mtime >= STARTED and not (RUN / "results.csv").exists():
+        print(f"\nspkit: results.csv failed: {table.read_text().splitlines()[-1]}", file=sys.stderr)
 
 
 rule all:
