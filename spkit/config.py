@@ -33,6 +33,11 @@ class BackboneConfig(Section):
             raise Wrong("revision", self.revision, "must be null where source is 'sandbox'")
         return self
 
+    @property
+    def loading(self) -> dict[str, Any]:
+        """How to load it, wherever it is: keyword arguments of backbone.load."""
+        return self.model_dump(exclude={"source"})
+
 
 class SandboxConfig(Section):
     """The embedded village backbone; ignored where `backbone.source` is another model."""

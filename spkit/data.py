@@ -4,22 +4,24 @@ One JSON object a line, UTF-8. Harmful pairs: "prompt", "response", "category" (
 Evaluation prompts: "prompt", "objective", "category" (and "id", "group", "phrasing", "reference",
 "forbidden", "split"). Other keys are left alone. Every error names file and row.
 
-`sandbox_world` is the one place through which data of the embedded sandbox come in. This file
-neither tokenizes nor judges.
+`sandbox` is the one place through which the embedded sandbox comes in: its text, its backbone and
+its judge. This file neither tokenizes nor scores.
 """
 
 import difflib
 import hashlib
 import importlib
 import json
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from spkit.config import DataConfig, EvaluationConfig
+from spkit.config import Config, DataConfig, EvaluationConfig
 from spkit.errors import SpkitError
 from spkit.examples import EvalPrompt, HarmfulPair
+from spkit.files import atomic
 from spkit.validation import nearest
 
 GROUPS = {
@@ -29,9 +31,12 @@ GROUPS = {
 }  # objective -> the groups it is split into; a row without a group belongs to the first
 
 
-def sandbox_world() -> ModuleType:
-    """The village's text (spkit/sandbox/world.py), imported only when the sandbox is asked for."""
-    return importlib.import_module("spkit.sandbox.world")
+SHIPPED = Path(__file__).parent / "sandbox" / "weights"  # made by the recipe in its recipe.json
+
+
+def sandbox(part: str) -> ModuleType:
+    """One module of spkit/sandbox ("world", "train", "judge"), imported only when asked for."""
+    return importlib.import_module(f"spkit.sandbox.{part}")
 
 
 def load_harmful_pairs(
@@ -44,14 +49,14 @@ def load_harmful_pairs(
     """
     wanted = data.categories if categories is None else categories
     if data.harmful == "sandbox":
-        world = sandbox_world()
+        world = sandbox("world")
         known = list(world.SEEN_CATEGORIES)
         _check_categories(wanted, known, "the sandbox")
         return world.harmful_pairs(tuple(wanted or known), data.pairs, seed)
     pairs = read_harmful_pairs(data.harmful)
     _check_categories(wanted, sorted({pair.category for pair in pairs}), data.harmful)
     kept = [pair for pair in pairs if wanted is None or pair.category in wanted]
-    return _sample(kept, data.pairs, seed)
+    return sample(kept, data.pairs, seed)
 
 
 def load_eval_prompts(data: DataConfig, evaluation: EvaluationConfig) -> list[EvalPrompt]:
@@ -62,20 +67,75 @@ def load_eval_prompts(data: DataConfig, evaluation: EvaluationConfig) -> list[Ev
     """
     cell = evaluation.prompts_per_cell
     if data.evaluation == "sandbox":
-        world = sandbox_world()
+        world = sandbox("world")
         at_most = {} if cell is None else {"per_cell": cell}
         return world.eval_prompts(evaluation.split, **at_most)
     prompts = read_eval_prompts(data.evaluation, evaluation.split)
     groups: dict[str, list[EvalPrompt]] = {}
     for prompt in prompts:
         groups.setdefault(prompt.group, []).append(prompt)
-    return [prompt for group in groups.values() for prompt in _sample(group, cell, seed=0)]
+    return [prompt for group in groups.values() for prompt in sample(group, cell, seed=0)]
 
 
 def fingerprint(pairs: Sequence[HarmfulPair]) -> str:
     """SHA-256 of D_h's text in hex: names the set without showing it; order does not matter."""
     rows = sorted(json.dumps([p.prompt, p.response, p.category]) for p in pairs)
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
+
+
+# ---- the sandbox's backbone and judge ------------------------------------------------------------
+
+
+def prepare_backbone(config: Config, folder: str | Path) -> Path | str:
+    """The folder or hub id of the backbone to load.
+
+    The sandbox's backbone is written into `folder`: the shipped weights where they were made by
+    this recipe and seed, else trained on the spot. Any other source is used in place.
+    """
+    if config.backbone.source != "sandbox":
+        return config.backbone.source
+    with atomic(folder) as temporary:
+        if config.sandbox.weights == "shipped" and _shipped_recipe() == sandbox_recipe(config):
+            shutil.copytree(SHIPPED, temporary, ignore=shutil.ignore_patterns("recipe.json"))
+        else:
+            print(f"No shipped weights for seed {config.seed} and this recipe: training them here.")
+            sandbox("train").train_backbone(config.sandbox, config.seed, temporary)
+    return Path(folder)
+
+
+def backbone_source(config: Config, run) -> Path | str:
+    """What notebook 00 prepared in this run: the folder or hub id to load the backbone from."""
+    if config.backbone.source != "sandbox":
+        return config.backbone.source
+    return run.input("00_backbone", "model")
+
+
+def sandbox_recipe(config: Config) -> dict[str, Any]:
+    """All that decides the sandbox backbone's weights; recipe.json holds it beside shipped ones."""
+    return {
+        "seed": config.seed,
+        "world_version": sandbox("world").WORLD_VERSION,
+        "recipe": config.sandbox.model_dump(mode="json", exclude={"weights"}),
+    }
+
+
+def _shipped_recipe() -> dict[str, Any] | None:
+    path = SHIPPED / "recipe.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def judge_for(config: Config) -> Callable[[EvalPrompt, str], str]:
+    """What decides the verdict on a response. So far the sandbox's, which knows its own words only.
+
+    SpkitError where neither the prompts nor the backbone are the sandbox's.
+    """
+    if "sandbox" not in (config.data.evaluation, config.backbone.source):
+        raise SpkitError(
+            f"data.evaluation is {config.data.evaluation!r} and backbone.source is "
+            f"{config.backbone.source!r}: the only judge so far is the sandbox's, so one of the "
+            f"two must be 'sandbox'"
+        )
+    return sandbox("judge").judge
 
 
 # ---- JSONL ---------------------------------------------------------------------------------------
@@ -197,8 +257,8 @@ def _check_categories(wanted: Sequence[str] | None, known: list[str], source: st
             raise SpkitError(f"no category {category!r} in {source}{nearest(category, known)}")
 
 
-def _sample(examples: list, count: int | None, seed: int) -> list:
-    """`count` examples in their order, chosen by a hash of seed and id: stable everywhere."""
+def sample(examples: list, count: int | None, seed: int) -> list:
+    """At most `count` examples, in their order, chosen by a hash of seed and id."""
     if count is None or count >= len(examples):
         return examples
 

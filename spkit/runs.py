@@ -47,7 +47,7 @@ class Stage:
 _MODEL = ("backbone", "sandbox", "data")
 _CODE = ("backbone.py", "chat.py", "data.py", "examples.py", "plots.py", "sandbox/**/*")
 _DERIVE = (*_CODE, "derivation.py")
-_SCORE = (*_DERIVE, "importance.py")
+_SCORE = (*_DERIVE, "importance.py", "scoring.py")
 _PATCH = (*_SCORE, "patching.py", "ablations.py", "evaluation.py")
 STAGES = {
     "00_backbone": Stage((*_MODEL, "evaluation"), (), (*_CODE, "evaluation.py"), True),

@@ -1,0 +1,153 @@
+"""Continual PSA: harmful categories arrive one after another, each stage patches the last model.
+
+Stage k starts from the model that stage k-1 left, derives, scores and patches on its own D_h alone
+[paper], and then answers *all* evaluation prompts, so that forgetting is visible: of the categories
+patched before, of harmless requests, and of utility. Two methods run side by side:
+
+    safepatching    theta_k = theta_{k-1} + alpha * P_SE + beta * P_OSM on the kept sets
+    ga              theta_k = theta_{k-1} + P_SE: gradient ascent alone
+
+A stage's folder appears whole or not at all, so an interrupted run goes on at the stage that was
+cut. Of the models only the last one is kept. The OSM patch never leaves the memory.
+What this file does not do: derive, score, patch or judge by itself.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from spkit.ablations import SAFEPATCHING, Variants
+from spkit.backbone import load, patched
+from spkit.config import Config
+from spkit.data import load_harmful_pairs
+from spkit.derivation import derive
+from spkit.evaluation import COLUMNS, evaluate, rates
+from spkit.examples import EvalPrompt
+from spkit.files import atomic
+from spkit.scoring import score_patch
+
+STAGE_SEEDS = 1000  # seed * 1000 + stage: another draw for each stage, none used twice
+
+
+def safepatching(source: str | Path, pairs: list, config: Config, seed: int) -> dict:
+    """The merged delta of every weight matrix: both patches, scored and thinned."""
+    model, tokenizer = _quantized(source, config)
+    patches, scores = [], []
+    for direction in ("ascent", "descent"):
+        patch, _ = derive(
+            model, tokenizer, pairs, direction=direction, config=config.derivation, seed=seed
+        )
+        patches.append(patch)
+        scores.append(score_patch(model, tokenizer, patch, pairs, config.importance, seed=seed))
+    return Variants(*patches, *scores, config.patching, seed).deltas(SAFEPATCHING)
+
+
+def gradient_ascent(source: str | Path, pairs: list, config: Config, seed: int) -> dict:
+    """The whole SE patch, at strength 1."""
+    model, tokenizer = _quantized(source, config)
+    patch, _ = derive(
+        model, tokenizer, pairs, direction="ascent", config=config.derivation, seed=seed
+    )
+    return {name: patch.delta(name) for name in patch.factors}
+
+
+METHODS = {"safepatching": (SAFEPATCHING, safepatching), "ga": ("GA", gradient_ascent)}
+
+
+def run_stages(
+    source: str | Path,
+    config: Config,
+    folder: str | Path,
+    prompts: Sequence[EvalPrompt],
+    judge: Callable[[EvalPrompt, str], str],
+    *,
+    identity: str,
+) -> pd.DataFrame:
+    """What every method's model answers after every stage: evaluate's columns and `stage` (from 1).
+
+    folder: where the stages' folders `<method>/stage-<k>` go. identity: what the run is made from;
+    stages that lie there with the same identity are read and not repeated.
+    """
+    frames = []
+    for method in config.continual.methods:
+        stages = config.continual.stages
+        folders = [Path(folder) / method / f"stage-{k}" for k in range(1, len(stages) + 1)]
+        done = _complete(folders, identity)
+        for k, categories in enumerate(stages, start=1):
+            here = folders[k - 1]
+            if k > done:
+                start = folders[k - 2] / "model" if k > 1 else source
+                print(f"{METHODS[method][0]}, stage {k} of {len(stages)}: {', '.join(categories)}")
+                with atomic(here) as made:
+                    _stage(method, k, start, made, config, prompts, judge, identity)
+            for old in folders[: k - 1]:
+                shutil.rmtree(old / "model", ignore_errors=True)
+            frame = pd.read_csv(here / "responses.csv", keep_default_na=False)
+            frames.append(frame.assign(stage=k))
+    return pd.concat(frames, ignore_index=True)
+
+
+def continual_rates(responses: pd.DataFrame, config: Config) -> pd.DataFrame:
+    """The tidy frame of evaluation.rates with the column `stage` (0: the base) behind."""
+    parts = [
+        rates(
+            part,
+            run=config.run_name,
+            seed=config.seed,
+            split=config.evaluation.split,
+            confidence=config.evaluation.confidence,
+        ).assign(stage=stage)
+        for stage, part in responses.groupby("stage", sort=True)
+    ]
+    return pd.concat(parts, ignore_index=True)[[*COLUMNS, "stage"]]
+
+
+def stage_seed(seed: int, stage: int) -> int:
+    """The seed of one stage's derivation, calibration and masks [ours: a new draw each stage]."""
+    return seed * STAGE_SEEDS + stage
+
+
+def _stage(method, k, source, folder, config, prompts, judge, identity) -> None:
+    """One stage of one method: from the model at `source` to model, responses and stage.json."""
+    label, deltas_of = METHODS[method]
+    categories = config.continual.stages[k - 1]
+    pairs = load_harmful_pairs(config.data, seed=config.seed, categories=categories)
+    deltas = deltas_of(source, pairs, config, stage_seed(config.seed, k))
+    model, tokenizer = load(source, **config.backbone.loading)
+    folder.mkdir()
+    with patched(model, deltas):
+        model.save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+        responses = evaluate(
+            model,
+            tokenizer,
+            prompts,
+            judge,
+            name=label,
+            max_new_tokens=config.evaluation.max_new_tokens,
+            batch_size=config.evaluation.batch_size,
+        )
+    responses.to_csv(folder / "responses.csv", index=False, lineterminator="\n")
+    about = {"identity": identity, "method": method, "stage": k, "categories": categories}
+    (folder / "stage.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def _complete(folders: list[Path], identity: str) -> int:
+    """How many of the first stages need not be repeated: the last of them still has its model."""
+    done = 0
+    for folder in folders:
+        about = folder / "stage.json"
+        if not about.is_file() or json.loads(about.read_text("utf-8"))["identity"] != identity:
+            break
+        done += 1
+    while done and not (folders[done - 1] / "model").is_dir():
+        done -= 1
+    return done
+
+
+def _quantized(source: str | Path, config: Config):
+    """The backbone as the derivation wants it: NF4, or in full precision with quantization none."""
+    return load(source, quantization=config.derivation.quantization, **config.backbone.loading)
