@@ -1,0 +1,335 @@
+"""Figures: one function each, data frames in, a matplotlib Figure out.
+
+Made for print and for grey: light to dark instead of hues, and every shade also has a hatch, a
+marker or a label of its own. Rates are shown in percent, with their intervals where there are any.
+The figures do not go through pyplot: nothing has to be closed, and a server needs no screen.
+
+What this file does not do: read files, compute rates or intervals, or know what a patch is.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch as Swatch
+
+DARK, MIDDLE, LIGHT, PALE = "#20304a", "#5b7a99", "#a9bccb", "#e4eaef"
+# verdict -> (shade, hatch): harm is darkest, whatever is broken is hatched
+VERDICT_STYLE = {
+    "harmful": (DARK, ""),
+    "broken": (PALE, "////"),
+    "refusal": (MIDDLE, ""),
+    "correct": (LIGHT, ""),
+}
+MARKERS = "osD^vP*X"
+HEAT = sns.light_palette(DARK, as_cmap=True)
+# panel title -> (group, metric): the three objectives, harm on known and on new categories
+PANELS = {
+    "harmful, seen categories": ("seen", "harmful"),
+    "harmful, unseen categories": ("unseen", "harmful"),
+    "false refusal": ("harmless", "refusal"),
+    "utility": ("utility", "utility"),
+}
+HIGHER_IS_BETTER = "utility"
+
+
+def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """The look of all figures, without touching the user's own settings."""
+
+    @wraps(draw)
+    def wrapped(*args, **kwargs):
+        look = {"axes.edgecolor": "0.4", "hatch.linewidth": 0.6, "hatch.color": "0.35"}
+        with sns.plotting_context("paper", 1.05), sns.axes_style("whitegrid", look):
+            return draw(*args, **kwargs)
+
+    return wrapped
+
+
+# ---- derivation ----------------------------------------------------------------------------------
+
+
+@styled
+def loss_curves(curves: pd.DataFrame, *, clamp: float, ceiling: float) -> Figure:
+    """Mean answer loss by step, ascent left and descent right, with the stop point.
+
+    curves: patch ("se", "osm"), step, loss [nats], stop (a reason in the last row). clamp, ceiling:
+    the two lines that hold the ascent, in nats.
+    """
+    figure, axes = _panels(1, 2, width=8, height=3.2, sharey=True)
+    for ax, (patch, title) in zip(
+        axes, {"se": "ascent: the SE patch", "osm": "descent: the OSM patch"}.items(), strict=True
+    ):
+        part = curves[curves["patch"] == patch]
+        ax.plot(part["step"], part["loss"], color=DARK, marker="o", markersize=3, linewidth=1.2)
+        last = part.iloc[-1]
+        ax.plot(last["step"], last["loss"], "D", color="white", markeredgecolor=DARK, markersize=8)
+        _note(ax, f"stop: {last['stop']}\nafter step {last['step']}", last["step"], last["loss"])
+        ax.set(title=title, xlabel="step", ylim=(0, max(clamp, curves["loss"].max()) * 1.12))
+    axes[0].set_ylabel("mean answer loss [nats]")
+    for value, style, name in ((clamp, "--", "clamp of one token"), (ceiling, ":", "ceiling")):
+        axes[0].axhline(value, color="0.35", linestyle=style, linewidth=1.2)
+        axes[0].annotate(
+            f"{name}: {value:g}", (0.02, value), axes[0].get_yaxis_transform(), va="bottom", size=8
+        )
+    return figure
+
+
+# ---- importance ----------------------------------------------------------------------------------
+
+
+@styled
+def overlap_by_rate(table: pd.DataFrame) -> Figure:
+    """How the overlap of two important sets grows with the top rate.
+
+    table: rate, share (|both| / |own|), jaccard, all as shares of 1. The dotted line is what two
+    sets drawn blindly would share.
+    """
+    figure, (ax,) = _panels(1, 1, width=5, height=3.4)
+    rate = 100 * table["rate"]
+    lines = {
+        "share of the SE set": ("share", "o", "-", DARK),
+        "Jaccard index": ("jaccard", "s", "--", MIDDLE),
+    }
+    for label, (column, marker, style, colour) in lines.items():
+        ax.plot(rate, 100 * table[column], style, marker=marker, color=colour, label=label)
+    ax.plot(rate, rate, ":", color="0.4", label="two blind draws (share)")
+    ax.set(xscale="log", xlabel="top rate a = b [%]", ylabel="overlap [%]", ylim=(0, None))
+    ax.set_xticks(rate, [f"{value:g}" for value in rate])
+    ax.minorticks_off()
+    ax.legend(frameon=False)
+    return figure
+
+
+@styled
+def layer_module_maps(tables: Mapping[str, pd.DataFrame], value: str = "share") -> Figure:
+    """One map per table, layers down and modules across: where a set lies, or two sets overlap.
+
+    tables: {title: frame with layer, module and `value` (a share of 1)}. Every map has its own
+    scale, from white at 0 to dark at its largest; the numbers are percent.
+    """
+    layers = max(table["layer"].nunique() for table in tables.values())
+    figure, axes = _panels(
+        1, len(tables), width=3.6 * len(tables), height=1.6 + 0.32 * layers, sharey=True
+    )
+    for ax, (title, table) in zip(axes, tables.items(), strict=True):
+        table = table[table["layer"] >= 0]
+        grid = 100 * table.pivot(index="layer", columns="module", values=value)
+        grid = grid[list(dict.fromkeys(table["module"]))]  # in the model's order
+        sns.heatmap(
+            grid, ax=ax, cmap=HEAT, vmin=0, annot=layers <= 12, fmt=".1f", linewidths=0.5,
+            cbar_kws={"label": "%"}, annot_kws={"size": 7},
+        )  # fmt: skip
+        ax.set(title=title, xlabel="", ylabel="layer" if ax is axes[0] else "")
+        ax.tick_params(axis="x", rotation=60)
+        ax.tick_params(axis="y", rotation=0)
+    return figure
+
+
+# ---- evaluation ----------------------------------------------------------------------------------
+
+
+@styled
+def objectives(results: pd.DataFrame) -> Figure:
+    """The three objectives, a row a model: rates as bars with intervals, broken text hatched.
+
+    results: evaluation's tidy frame (model, group, category "all", metric, rate, low, high). The
+    upright line is the first model. Broken text is not part of the rate beside it: it counts as
+    neither harmful nor refused, and is drawn behind it so that nobody takes it for safe or helpful.
+    """
+    whole = results[results["category"] == "all"]
+    models = list(dict.fromkeys(whole["model"]))
+    figure, axes = _panels(1, 4, width=11, height=1.5 + 0.36 * len(models), sharey=True)
+    rows = np.arange(len(models))
+    for ax, (title, (group, metric)) in zip(axes, PANELS.items(), strict=True):
+        part = whole[whole["group"] == group]
+        rate = 100 * _by_model(part, metric, models)
+        better = "higher" if metric == HIGHER_IS_BETTER else "lower"
+        ax.set_title(f"{title} %\n({better} is better)")
+        if not rate.empty:
+            _rate_bars(ax, rows, rate, 100 * _by_model(part, "broken", models)["rate"])
+        ax.set(xlim=(0, 118), xticks=range(0, 101, 25), ylim=(len(models) - 0.4, -0.6))
+        ax.grid(False, axis="y")
+    axes[0].set_yticks(rows, models)
+    swatches = [
+        Swatch(facecolor=MIDDLE, edgecolor=DARK, label="rate, with its interval"),
+        Swatch(facecolor=PALE, edgecolor=DARK, hatch="////", label="broken text, beside the rate"),
+    ]
+    _legend_below(figure, swatches)
+    return figure
+
+
+def _rate_bars(ax, rows: np.ndarray, rate: pd.DataFrame, broken: pd.Series) -> None:
+    ax.barh(rows, rate["rate"], height=0.66, color=MIDDLE, edgecolor=DARK, linewidth=0.7)
+    ax.barh(
+        rows, broken, left=rate["rate"], height=0.66, color=PALE, edgecolor=DARK, linewidth=0.7,
+        hatch="////",
+    )  # fmt: skip
+    reach = [rate["rate"] - rate["low"], rate["high"] - rate["rate"]]
+    ax.errorbar(rate["rate"], rows, xerr=reach, fmt="none", color="black", capsize=2, linewidth=1)
+    ax.axvline(rate["rate"].iloc[0], color="black", linestyle=":", linewidth=1)
+    ends = np.fmax(rate["high"], rate["rate"] + broken.fillna(0))
+    for row, value, end, lost in zip(rows, rate["rate"], ends, broken.fillna(0), strict=True):
+        text = f"{value:.1f}" + (f" +{lost:.1f}" if lost >= 0.05 else "")
+        ax.text(min(end + 2, 96), row, text, va="center", size=7, bbox=_HALO)
+
+
+@styled
+def verdicts(responses: pd.DataFrame) -> Figure:
+    """What the answers are made of: one stacked bar a model, one panel a group of prompts.
+
+    responses: one row per answer with model, group and verdict.
+    """
+    models = list(dict.fromkeys(responses["model"]))
+    panels = {"seen": "harmful, seen", "unseen": "harmful, unseen", "harmless": "harmless"}
+    panels["utility"] = "utility"
+    figure, axes = _panels(1, 4, width=11, height=1.5 + 0.36 * len(models), sharey=True)
+    rows = np.arange(len(models))
+    for ax, (group, title) in zip(axes, panels.items(), strict=True):
+        part = responses[responses["group"] == group]
+        shares = 100 * pd.crosstab(part["model"], part["verdict"], normalize="index")
+        shares = shares.reindex(models).reindex(columns=list(VERDICT_STYLE), fill_value=0).fillna(0)
+        left = np.zeros(len(models))
+        for verdict, (colour, hatch) in VERDICT_STYLE.items():
+            width = shares[verdict].to_numpy()
+            ax.barh(
+                rows, width, left=left, height=0.72, color=colour, hatch=hatch, edgecolor=DARK,
+                linewidth=0.6,
+            )  # fmt: skip
+            for row in rows[width >= 9]:
+                ink = "white" if colour in (DARK, MIDDLE) else "black"
+                place = (left[row] + width[row] / 2, row)
+                halo = _HALO if hatch else None
+                ax.annotate(
+                    f"{width[row]:.0f}", place, ha="center", va="center", size=7, color=ink,
+                    bbox=halo,
+                )  # fmt: skip
+            left = left + width
+        ax.set(title=f"{title} (n = {_count(part, models)})", xlim=(0, 100), xlabel="% of answers")
+        ax.set_ylim(len(models) - 0.4, -0.6)
+        ax.grid(False)
+    axes[0].set_yticks(rows, models)
+    swatches = [
+        Swatch(facecolor=colour, hatch=hatch, edgecolor=DARK, label=verdict)
+        for verdict, (colour, hatch) in VERDICT_STYLE.items()
+    ]
+    _legend_below(figure, swatches)
+    return figure
+
+
+@styled
+def by_phrasing(results: pd.DataFrame) -> Figure:
+    """Harm and false refusal by phrasing, one marker a model, with intervals.
+
+    results: the tidy frame with phrasings as `category` (see notebook 00).
+    """
+    models = list(dict.fromkeys(results["model"]))
+    figure, axes = _panels(1, 3, width=10, height=1.8 + 0.22 * len(models))
+    shades = sns.color_palette("blend:#20304a,#a9bccb", len(models))
+    for ax, (title, (group, metric)) in zip(axes, list(PANELS.items())[:3], strict=True):
+        part = results[(results["group"] == group) & (results["metric"] == metric)]
+        part = part[part["category"] != "all"]
+        phrasings = list(dict.fromkeys(part["category"]))
+        for number, model in enumerate(models):
+            own = part[part["model"] == model].set_index("category").reindex(phrasings)
+            shift = (number - (len(models) - 1) / 2) * 0.6 / max(len(models), 3)
+            rate = 100 * own["rate"]
+            reach = [rate - 100 * own["low"], 100 * own["high"] - rate]
+            ax.errorbar(
+                rate, np.arange(len(phrasings)) + shift, xerr=reach, fmt=MARKERS[number % 8],
+                color=shades[number], markeredgecolor="black", capsize=2, label=model,
+            )  # fmt: skip
+        labels = [f"{p}\n(n = {_first(part, p)})" for p in phrasings]
+        ax.set_yticks(np.arange(len(phrasings)), labels)
+        ax.set(title=f"{title} %", xlim=(-3, 103), ylim=(len(phrasings) - 0.4, -0.6))
+    _legend_below(figure, axes[0].get_legend_handles_labels()[0])
+    return figure
+
+
+# ---- continual patching --------------------------------------------------------------------------
+
+
+@styled
+def continual(results: pd.DataFrame, stages: Sequence[Sequence[str]]) -> Figure:
+    """A row for each method and stage, a column for each set of categories and objective.
+
+    results: the tidy frame with `stage` (0: base). stages: the categories of each stage. Dark is
+    bad in every column: the shade is the rate where lower is better, and what is missing to 100 %
+    for utility; the number is the rate itself. Brackets: categories that had not yet arrived.
+    """
+    columns = {
+        f"harmful\nstage {k}:\n" + "\n".join(names): ("seen", "harmful", list(names))
+        for k, names in enumerate(stages, start=1)
+    }
+    columns["harmful\nnever in\nD_h"] = ("unseen", "harmful", ["all"])
+    columns["broken on\nharmful"] = (("seen", "unseen"), "broken", ["all"])
+    columns["false\nrefusal"] = ("harmless", "refusal", ["all"])
+    columns["utility"] = ("utility", "utility", ["all"])
+    rows = list(dict.fromkeys(zip(results["model"], results["stage"], strict=True)))
+    rate, label = np.zeros((len(rows), len(columns))), []
+    for i, (model, stage) in enumerate(rows):
+        own = results[(results["model"] == model) & (results["stage"] == stage)]
+        texts = []
+        for j, (group, metric, categories) in enumerate(columns.values()):
+            groups = (group,) if isinstance(group, str) else group
+            cell = own[own["group"].isin(groups) & own["category"].isin(categories)]
+            cell = cell[cell["metric"] == metric]
+            rate[i, j] = 100 * cell["k"].sum() / cell["n"].sum() if len(cell) else np.nan
+            text = f"{rate[i, j]:.1f}" if len(cell) else "–"
+            texts.append(f"({text})" if stage <= j < len(stages) else text)
+        label.append(texts)
+    badness = rate.copy()
+    badness[:, -1] = 100 - rate[:, -1]
+    figure, (ax,) = _panels(1, 1, width=1.6 + 1.05 * len(columns), height=1.5 + 0.42 * len(rows))
+    names = [f"{m}" if s == 0 else f"{m}, after stage {s}" for m, s in rows]
+    sns.heatmap(
+        pd.DataFrame(badness, names, list(columns)), ax=ax, cmap=HEAT, vmin=0, vmax=100,
+        annot=np.array(label), fmt="", linewidths=1, annot_kws={"size": 8},
+        cbar_kws={"label": "failures [%]"},
+    )  # fmt: skip
+    for edge in [i for i in range(1, len(rows)) if rows[i][0] != rows[i - 1][0]]:
+        ax.axhline(edge, color="black", linewidth=1.4)
+    ax.axvline(len(stages), color="black", linewidth=1.4)
+    ax.tick_params(axis="both", rotation=0, labelsize=8)
+    return figure
+
+
+# ---- parts ---------------------------------------------------------------------------------------
+
+_HALO = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6}
+
+
+def _panels(rows: int, columns: int, *, width: float, height: float, **shared):
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False, **shared)
+    return figure, list(axes.flat)
+
+
+def _note(ax, text: str, x: float, y: float) -> None:
+    """A text that points at (x, y) from the side where there is room."""
+    high = y > sum(ax.get_ylim()) / 2
+    ax.annotate(
+        text, (x, y), (0.97, 0.3 if high else 0.75), textcoords="axes fraction", ha="right", size=8,
+        arrowprops={"arrowstyle": "-", "color": "0.4"}, bbox=_HALO,
+    )  # fmt: skip
+
+
+def _by_model(part: pd.DataFrame, metric: str, models: list[str]) -> pd.DataFrame:
+    cells = part[part["metric"] == metric].drop_duplicates("model").set_index("model")
+    return cells[["rate", "low", "high"]].astype(float).reindex(models)
+
+
+def _legend_below(figure: Figure, handles: list) -> None:
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+
+
+def _count(part: pd.DataFrame, models: list[str]) -> int:
+    return int((part["model"] == models[0]).sum())
+
+
+def _first(part: pd.DataFrame, category: str) -> int:
+    return int(part.loc[part["category"] == category, "n"].iloc[0])
