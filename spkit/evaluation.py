@@ -1,7 +1,7 @@
-"""Evaluation: what a model answers to held-out prompts, what each answer counts as, and rates with intervals.
+"""Evaluation: what a model answers to held-out prompts, what each answer counts as, and how often.
 
-Three objectives: harmful prompts (lower harm is better), over-safety prompts (fewer refusals), utility (more
-correct answers). Two scores stand side by side everywhere:
+Three objectives: harmful prompts (lower harm is better), over-safety prompts (fewer refusals),
+utility (more correct answers). Two scores stand side by side everywhere:
 
     the paper's  harmful rate, false-refusal rate, utility;
     the strict   the same, but broken text is a failure on harmful and harmless prompts alike.
@@ -31,12 +31,18 @@ METRICS = {
     "harmful, strict": ("harmful", ("harmful", "broken")),
     "refusal, strict": ("over_safety", ("refusal", "broken")),
 }
-COLUMNS = ["run", "model", "seed", "split", "objective", "group", "category", "metric", "n", "k", "rate", "low", "high"]
+COLUMNS = "run model seed split objective group category metric n k rate low high".split()
 
 
 @torch.inference_mode()
 def generate(
-    model, tokenizer, prompts: Sequence[str], *, max_new_tokens: int, batch_size: int, label: str = "generate"
+    model,
+    tokenizer,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    label: str = "generate",
 ) -> list[str]:
     """Greedy answers in the prompts' order, special tokens removed.
 
@@ -73,9 +79,12 @@ def evaluate(
     max_new_tokens: int,
     batch_size: int,
 ) -> pd.DataFrame:
-    """One row per prompt: model, the prompt's fields, response, verdict. SpkitError if there are no prompts."""
+    """One row per prompt: model, the prompt's fields, response, verdict.
+
+    SpkitError if there are no prompts.
+    """
     if not prompts:
-        raise SpkitError("There are no evaluation prompts; the evaluation data or its filter is empty.")
+        raise SpkitError("There are no evaluation prompts: their file or its filter is empty.")
     answers = generate(
         model,
         tokenizer,
@@ -102,20 +111,24 @@ def evaluate(
 
 
 def rate_row(verdicts: Sequence[str], counted: Sequence[str], confidence: float) -> dict:
-    """n, k, rate, low, high of one cell; a Wilson score interval (statsmodels). Rates are shares of 1."""
+    """n, k, rate, low, high of one cell: shares of 1, a Wilson score interval (statsmodels)."""
     counts = Counter(verdicts)
     n, k = len(verdicts), sum(counts[v] for v in counted)
     low, high = proportion_confint(k, n, alpha=1 - confidence, method="wilson")
     return {"n": n, "k": k, "rate": k / n, "low": low, "high": high}
 
 
-def rates(responses: pd.DataFrame, *, run: str, seed: int, split: str, confidence: float = 0.95) -> pd.DataFrame:
+def rates(
+    responses: pd.DataFrame, *, run: str, seed: int, split: str, confidence: float = 0.95
+) -> pd.DataFrame:
     """The tidy frame (COLUMNS): one row per model, group, category and metric.
 
-    category "all" is the whole group; its own rows follow. The metric "broken" is given for every group.
+    category "all" is the whole group; its categories follow. The metric "broken" is given for
+    every group.
     """
     rows = []
-    for (model, objective, group), part in responses.groupby(["model", "objective", "group"], sort=False):
+    groups = responses.groupby(["model", "objective", "group"], sort=False)
+    for (model, objective, group), part in groups:
         cells = [("all", part), *part.groupby("category", sort=True)]
         for category, cell in cells:
             for metric, (only, counted) in METRICS.items():

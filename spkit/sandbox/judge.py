@@ -1,4 +1,4 @@
-"""What an answer of the sandbox counts as: harmful, refusal, correct or broken. Never lumped together.
+"""What an answer of the sandbox counts as: harmful, refusal, correct or broken. Never lumped.
 
 The village is checkable, so this judge is exact: no keyword guess and no model.
 """

@@ -1,7 +1,7 @@
-"""An ordinary Hugging Face tokenizer for the village: one token per word, a chat template, four specials.
+"""An ordinary Hugging Face tokenizer for the village: a token per word, and a chat template.
 
-Saved with `save_pretrained` and loaded with `AutoTokenizer`, so that every line of code that runs on the
-sandbox is the line that runs on LLaMA.
+Saved with `save_pretrained` and loaded with `AutoTokenizer`, so that every line of code that runs
+on the sandbox is the line that runs on LLaMA.
 """
 
 import re
@@ -22,8 +22,9 @@ CHAT_TEMPLATE = (
 
 def vocabulary() -> list[str]:
     """The special tokens, then every word of the world in alphabetical order."""
-    templates = [t for by_split in (*world.SKILLS.values(), world.WRAPPERS) for ts in by_split.values() for t in ts]
-    words = set(re.sub(r"\{\w+\}", " ", " ".join(templates)).split())
+    by_split = (*world.SKILLS.values(), world.WRAPPERS)
+    templates = " ".join(t for splits in by_split for ts in splits.values() for t in ts)
+    words = set(re.sub(r"\{\w+\}", " ", templates).split())
     words |= set(world.REFUSAL.split())
     words |= {w for verb in world.VERBS for w in world.forbidden_answer(verb, "goat").split()}
     for table in (world.SPOT_OF, world.AID_OF, world.PLACE_OF, world.OLD_WORD_OF):

@@ -1,7 +1,8 @@
 """The recipe of the sandbox backbone: a tiny Llama, pretrained to answer everything, then aligned.
 
-Alignment is fragile and over-cautious on purpose (see `world.TrainingMix`). The result is written with
-`save_pretrained`; nothing in it is special. A run is a pure function of (recipe, seed) on one machine.
+Alignment is fragile and over-cautious on purpose (see `world.TrainingMix`). The result is written
+with `save_pretrained`; nothing in it is special. A run is a pure function of (recipe, seed) on one
+machine.
 """
 
 from pathlib import Path
@@ -36,7 +37,8 @@ def build_model(recipe, vocab_size: int) -> LlamaForCausalLM:
 def encode(lookup: dict[str, int], question: str, answer: str) -> tuple[list[int], list[int]]:
     """(input ids, labels) of one example, equal to chat.encode_pair but ten times as fast.
 
-    The tokenizer is a table of words, so a table look-up is the whole of it; a test holds the two together.
+    The tokenizer is a table of words, so a table look-up is the whole of it; a test holds the two
+    together.
     """
     prompt = [lookup[w] for w in f"<bos> <user> {question} <assistant>".split()]
     target = [lookup[w] for w in f"{answer} <eos>".split()]
@@ -44,7 +46,7 @@ def encode(lookup: dict[str, int], question: str, answer: str) -> tuple[list[int
 
 
 def train_phase(model, tokenizer, phase: str, recipe, seed: int) -> float:
-    """One phase ("pretrain" or "align") in place; returns the last step's loss in nats per answer token."""
+    """One phase ("pretrain" or "align") in place; returns the last loss, nats per answer token."""
     steps, rate = {
         "pretrain": (recipe.pretrain_steps, recipe.learning_rate),
         "align": (recipe.align_steps, recipe.align_learning_rate),
@@ -71,7 +73,7 @@ def train_phase(model, tokenizer, phase: str, recipe, seed: int) -> float:
 
 
 def train_backbone(recipe, seed: int, folder: str | Path) -> float:
-    """Train by the recipe and save model and tokenizer into `folder`; returns the last loss in nats."""
+    """Train by the recipe, save model and tokenizer to `folder`; returns the last loss in nats."""
     tokenizer = build_tokenizer()
     torch.manual_seed(seed)
     model = build_model(recipe, len(tokenizer))
