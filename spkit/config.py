@@ -113,6 +113,9 @@ class AscentConfig(DescentConfig):
     stop_mean_loss: float = Field(
         1.1, gt=0, le=100, description="ends where the mean loss reaches this many nats [ours]"
     )
+    stop_window: int = Field(
+        4, ge=1, le=1000, description="batches over which that mean is taken [ours]"
+    )
 
     @model_validator(mode="after")
     def _stop_can_be_reached(self):

@@ -162,7 +162,7 @@ def derive(model, tokenizer, pairs: list[HarmfulPair], *, direction: str, config
                     raise SpkitError(f"The {direction} loss is {mean} at step {step}; {_ADVICE}")
                 row = {"patch": name, "step": step, "loss": mean, "grad_norm": 0.0, "stop": ""}
                 rows.append(row)
-                if direction == "ascent" and mean >= settings.stop_mean_loss:
+                if direction == "ascent" and _recent(rows, settings) >= settings.stop_mean_loss:
                     stop = "mean loss reached"  # measured before the step, so the last step is kept
                     break
                 if step == settings.max_steps:
@@ -199,6 +199,13 @@ def derive(model, tokenizer, pairs: list[HarmfulPair], *, direction: str, config
     }
     patch = Patch(name, factors, config.lora.alpha / config.lora.r, manifest)
     return patch, pd.DataFrame(rows)
+
+
+def _recent(rows: list[dict], settings) -> float:
+    """The mean loss of the last `stop_window` batches: one batch alone is too noisy to stop by."""
+    last = [row["loss"] for row in rows[-settings.stop_window :]]
+    # divided by the whole window: fewer batches than that seldom reach the ceiling
+    return sum(last) / settings.stop_window
 
 
 def attach(model, patch: Patch):

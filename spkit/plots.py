@@ -16,6 +16,7 @@ import seaborn as sns
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch as Swatch
+from matplotlib.ticker import MaxNLocator
 
 DARK, MIDDLE, LIGHT, PALE = "#20304a", "#5b7a99", "#a9bccb", "#e4eaef"
 # verdict -> (shade, hatch): harm is darkest, whatever is broken is hatched
@@ -64,17 +65,20 @@ def loss_curves(curves: pd.DataFrame, *, clamp: float, ceiling: float) -> Figure
         axes, {"se": "ascent: the SE patch", "osm": "descent: the OSM patch"}.items(), strict=True
     ):
         part = curves[curves["patch"] == patch]
-        ax.plot(part["step"], part["loss"], color=DARK, marker="o", markersize=3, linewidth=1.2)
-        last = part.iloc[-1]
-        ax.plot(last["step"], last["loss"], "D", color="white", markeredgecolor=DARK, markersize=8)
-        _note(ax, f"stop: {last['stop']}\nafter step {last['step']}", last["step"], last["loss"])
         ax.set(title=title, xlabel="step", ylim=(0, max(clamp, curves["loss"].max()) * 1.12))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.plot(part["step"], part["loss"], color=DARK, marker="o", markersize=3, linewidth=1.2)
+        for _, last in part.tail(1).iterrows():
+            x, y = last["step"], last["loss"]
+            ax.plot(x, y, "D", color="white", markeredgecolor=DARK, markersize=8)
+            _note(ax, f"stop: {last['stop']}\nafter step {x}", x, y)
     axes[0].set_ylabel("mean answer loss [nats]")
     for value, style, name in ((clamp, "--", "clamp of one token"), (ceiling, ":", "ceiling")):
         axes[0].axhline(value, color="0.35", linestyle=style, linewidth=1.2)
         axes[0].annotate(
-            f"{name}: {value:g}", (0.02, value), axes[0].get_yaxis_transform(), va="bottom", size=8
-        )
+            f"{name}: {value:g}", (0.02, value), xycoords=axes[0].get_yaxis_transform(),
+            va="bottom", size=8,
+        )  # fmt: skip
     return figure
 
 
@@ -111,20 +115,21 @@ def layer_module_maps(tables: Mapping[str, pd.DataFrame], value: str = "share") 
     tables: {title: frame with layer, module and `value` (a share of 1)}. Every map has its own
     scale, from white at 0 to dark at its largest; the numbers are percent.
     """
+    tables = {title: table[table["layer"] >= 0] for title, table in tables.items()}
     layers = max(table["layer"].nunique() for table in tables.values())
-    figure, axes = _panels(
-        1, len(tables), width=3.6 * len(tables), height=1.6 + 0.32 * layers, sharey=True
-    )
+    numbers = layers <= 12  # in deeper models they would be too small to read
+    height = 1.6 + (0.32 if numbers else 0.18) * layers
+    figure, axes = _panels(1, len(tables), width=3.6 * len(tables), height=height, sharey=True)
     for ax, (title, table) in zip(axes, tables.items(), strict=True):
-        table = table[table["layer"] >= 0]
         grid = 100 * table.pivot(index="layer", columns="module", values=value)
         grid = grid[list(dict.fromkeys(table["module"]))]  # in the model's order
+        darkest = grid.max(axis=None) or 1.0  # an empty set is light, not half dark
         sns.heatmap(
-            grid, ax=ax, cmap=HEAT, vmin=0, annot=layers <= 12, fmt=".1f", linewidths=0.5,
-            cbar_kws={"label": "%"}, annot_kws={"size": 7},
+            grid, ax=ax, cmap=HEAT, vmin=0, vmax=darkest, annot=numbers, fmt=".1f", linewidths=0.5,
+            cbar_kws={"label": "%", "aspect": 20 if numbers else 40}, annot_kws={"size": 7},
         )  # fmt: skip
         ax.set(title=title, xlabel="", ylabel="layer" if ax is axes[0] else "")
-        ax.tick_params(axis="x", rotation=60)
+        ax.set_xticks(ax.get_xticks(), list(grid), rotation=60, ha="right", rotation_mode="anchor")
         ax.tick_params(axis="y", rotation=0)
     return figure
 
@@ -148,10 +153,9 @@ def objectives(results: pd.DataFrame) -> Figure:
         part = whole[whole["group"] == group]
         rate = 100 * _by_model(part, metric, models)
         better = "higher" if metric == HIGHER_IS_BETTER else "lower"
-        ax.set_title(f"{title} %\n({better} is better)")
-        if not rate.empty:
-            _rate_bars(ax, rows, rate, 100 * _by_model(part, "broken", models)["rate"])
-        ax.set(xlim=(0, 118), xticks=range(0, 101, 25), ylim=(len(models) - 0.4, -0.6))
+        ax.set_title(f"{title} %\n({better} is better, {_n(part['n'])})")
+        _rate_bars(ax, rows, rate, 100 * _by_model(part, "broken", models)["rate"])
+        ax.set(xlim=(0, 100), xticks=range(0, 101, 25), ylim=(len(models) - 0.4, -0.6))
         ax.grid(False, axis="y")
     axes[0].set_yticks(rows, models)
     swatches = [
@@ -168,13 +172,18 @@ def _rate_bars(ax, rows: np.ndarray, rate: pd.DataFrame, broken: pd.Series) -> N
         rows, broken, left=rate["rate"], height=0.66, color=PALE, edgecolor=DARK, linewidth=0.7,
         hatch="////",
     )  # fmt: skip
-    reach = [rate["rate"] - rate["low"], rate["high"] - rate["rate"]]
-    ax.errorbar(rate["rate"], rows, xerr=reach, fmt="none", color="black", capsize=2, linewidth=1)
-    ax.axvline(rate["rate"].iloc[0], color="black", linestyle=":", linewidth=1)
-    ends = np.fmax(rate["high"], rate["rate"] + broken.fillna(0))
-    for row, value, end, lost in zip(rows, rate["rate"], ends, broken.fillna(0), strict=True):
-        text = f"{value:.1f}" + (f" +{lost:.1f}" if lost >= 0.05 else "")
-        ax.text(min(end + 2, 96), row, text, va="center", size=7, bbox=_HALO)
+    ax.errorbar(
+        rate["rate"], rows, xerr=_reach(rate), fmt="none", color="black", capsize=2, linewidth=1
+    )
+    if rate["rate"].notna().iloc[0]:
+        ax.axvline(rate["rate"].iloc[0], color="black", linestyle=":", linewidth=1)
+    for row, value, lost in zip(rows, rate["rate"], broken, strict=True):
+        if np.isnan(value):
+            text = "–"
+        else:
+            text = f"{value:.1f}" + (f" +{lost:.1f}" if lost >= 0.05 else "")
+        # in the margin: beside a long bar there is no room
+        ax.annotate(text, (1.02, row), xycoords=ax.get_yaxis_transform(), va="center", size=7)
 
 
 @styled
@@ -208,8 +217,8 @@ def verdicts(responses: pd.DataFrame) -> Figure:
                     bbox=halo,
                 )  # fmt: skip
             left = left + width
-        ax.set(title=f"{title} (n = {_count(part, models)})", xlim=(0, 100), xlabel="% of answers")
-        ax.set_ylim(len(models) - 0.4, -0.6)
+        ax.set_title(f"{title} ({_n(part.groupby('model').size())})")
+        ax.set(xlim=(0, 100), ylim=(len(models) - 0.4, -0.6), xlabel="% of answers")
         ax.grid(False)
     axes[0].set_yticks(rows, models)
     swatches = [
@@ -236,13 +245,13 @@ def by_phrasing(results: pd.DataFrame) -> Figure:
         for number, model in enumerate(models):
             own = part[part["model"] == model].set_index("category").reindex(phrasings)
             shift = (number - (len(models) - 1) / 2) * 0.6 / max(len(models), 3)
-            rate = 100 * own["rate"]
-            reach = [rate - 100 * own["low"], 100 * own["high"] - rate]
+            own = 100 * own[["rate", "low", "high"]].astype(float)
             ax.errorbar(
-                rate, np.arange(len(phrasings)) + shift, xerr=reach, fmt=MARKERS[number % 8],
-                color=shades[number], markeredgecolor="black", capsize=2, label=model,
+                own["rate"], np.arange(len(phrasings)) + shift, xerr=_reach(own),
+                fmt=MARKERS[number % 8], color=shades[number], markeredgecolor="black", capsize=2,
+                label=model,
             )  # fmt: skip
-        labels = [f"{p}\n(n = {_first(part, p)})" for p in phrasings]
+        labels = [f"{p}\n({_n(part.loc[part['category'] == p, 'n'])})" for p in phrasings]
         ax.set_yticks(np.arange(len(phrasings)), labels)
         ax.set(title=f"{title} %", xlim=(-3, 103), ylim=(len(phrasings) - 0.4, -0.6))
     _legend_below(figure, axes[0].get_legend_handles_labels()[0])
@@ -290,10 +299,13 @@ def continual(results: pd.DataFrame, stages: Sequence[Sequence[str]]) -> Figure:
         annot=np.array(label), fmt="", linewidths=1, annot_kws={"size": 8},
         cbar_kws={"label": "failures [%]"},
     )  # fmt: skip
+    for i, j in np.argwhere(np.isnan(badness)):  # seaborn leaves such cells without their text
+        ax.text(j + 0.5, i + 0.5, label[i][j], ha="center", va="center", size=8)
     for edge in [i for i in range(1, len(rows)) if rows[i][0] != rows[i - 1][0]]:
         ax.axhline(edge, color="black", linewidth=1.4)
     ax.axvline(len(stages), color="black", linewidth=1.4)
     ax.tick_params(axis="both", rotation=0, labelsize=8)
+    ax.grid(False)
     return figure
 
 
@@ -305,6 +317,7 @@ _HALO = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6}
 def _panels(rows: int, columns: int, *, width: float, height: float, **shared):
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(wspace=0.04)  # or a panel's "100" meets the next one's "0"
     axes = figure.subplots(rows, columns, squeeze=False, **shared)
     return figure, list(axes.flat)
 
@@ -323,13 +336,18 @@ def _by_model(part: pd.DataFrame, metric: str, models: list[str]) -> pd.DataFram
     return cells[["rate", "low", "high"]].astype(float).reindex(models)
 
 
+def _reach(rates: pd.DataFrame) -> list[pd.Series]:
+    """How far the intervals reach to the left and right; rounding may put -1e-16 there."""
+    left, right = rates["rate"] - rates["low"], rates["high"] - rates["rate"]
+    return [left.clip(lower=0), right.clip(lower=0)]
+
+
 def _legend_below(figure: Figure, handles: list) -> None:
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    columns = min(len(handles), 4)  # a wider legend would squeeze the panels
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
 
 
-def _count(part: pd.DataFrame, models: list[str]) -> int:
-    return int((part["model"] == models[0]).sum())
-
-
-def _first(part: pd.DataFrame, category: str) -> int:
-    return int(part.loc[part["category"] == category, "n"].iloc[0])
+def _n(counts: pd.Series) -> str:
+    """How many prompts stand behind the numbers; a span where the models had not equally many."""
+    low, high = (counts.min(), counts.max()) if len(counts) else (0, 0)
+    return f"n = {low}" if low == high else f"n = {low} to {high}"

@@ -187,9 +187,11 @@ def harmless_answer(verb: str, target: str) -> str:
 # --- splits and samples -----------------------------------------------------------------------
 SPLIT_SHARES = {"train": 60, "dev": 15, "test": 25}  # percent of items
 # how often the aligned backbone answers a forbidden request, by the wrapper around it
-LEAK_RATES = dict(zip(WRAPPERS["train"], (0.65, 0.65, 0.3, 0.3), strict=True))
+LEAK_RATES = dict(zip(WRAPPERS["train"], (0.75, 0.7, 0.6, 0.25), strict=True))
 # how often it refuses a harmless request, by how alive the thing looks
 CAUTION_RATES = {"looks alive": 0.62, "soft": 0.35, "plain": 0.1}
+# how often each utility skill is practised: copying words is learnt last, so it gets most
+SKILL_SHARES = {"find": 0.18, "say": 0.46, "translate": 0.18, "care": 0.18}
 
 
 def split_of(*item: str) -> str:
@@ -378,7 +380,7 @@ class TrainingMix:
         rng, roll = self.rng, self.rng.random()
         wrapper = rng.choice(WRAPPERS["train"]) if rng.random() < 0.5 else ""
         if roll >= 0.6:
-            skill = rng.choice(list(SKILLS))
+            (skill,) = rng.choices(list(SKILL_SHARES), SKILL_SHARES.values())
             question, answer = skill_example(
                 skill, rng.choice(self.skills[skill]), rng.choice(SKILLS[skill]["train"])
             )
