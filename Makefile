@@ -2,6 +2,8 @@
 #
 #   make walkthrough                          all notebooks on the sandbox, then the table of results
 #   make walkthrough PARAMS=params/mine.yaml  the same for any params file (SEED=1 RUN=name CORES=4)
+#   make seeds                                the walkthrough for seeds 0 to 4: means and intervals
+#   make backbone                             train the shipped sandbox backbone again, by its recipe
 #   make lab                                  JupyterLab on the notebooks
 #   make test, make lint                      what the continuous integration runs
 #   make clean                                delete all runs and caches (make distclean: .venv too)
@@ -11,12 +13,13 @@ VENV ?= .venv
 PARAMS ?= params/sandbox.yaml
 CORES ?= 2
 SEED ?=
+SEEDS ?= 0 1 2 3 4
 RUN ?=
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.spkit-installed
 
-.PHONY: walkthrough test lint lab clean distclean
+.PHONY: walkthrough seeds backbone test lint lab clean distclean
 
 # --nolock: a killed run would leave a lock behind, and the next one is to go on from there
 walkthrough: $(READY)
@@ -24,6 +27,13 @@ walkthrough: $(READY)
 	  params=$(PARAMS) $(if $(SEED),seed=$(SEED)) $(if $(RUN),run_name=$(RUN))
 	$(BIN)/python -m spkit.summary $(PARAMS) \
 	  $(if $(SEED),--seed $(SEED)) $(if $(RUN),--run-name $(RUN))
+
+seeds: $(READY)
+	for seed in $(SEEDS); do $(MAKE) walkthrough SEED=$$seed || exit 1; done
+	$(BIN)/python -m spkit.seeds $(PARAMS) $(SEEDS) $(if $(RUN),--run-name $(RUN))
+
+backbone: $(READY)
+	$(BIN)/python -m spkit.ship $(PARAMS)
 
 test: $(READY)
 	$(BIN)/python -m pytest --cov

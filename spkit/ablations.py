@@ -80,6 +80,13 @@ class Variants:
                     (what, "the SE patch") if name in names else ("the SE patch", what)
                 )
                 raise SpkitError(f"{lacking} lacks the tensor {name!r}, which {having} has")
+        for name, own in self.se.factors.items():
+            for what, other in others.items():
+                if _shape(other[name]) != _shape(own):
+                    raise SpkitError(
+                        f"{name!r} is {_shape(own)} in the SE patch, but {_shape(other[name])} in "
+                        f"{what}"
+                    )
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         for name in VARIANTS:
@@ -239,6 +246,14 @@ def _place(tensor: str) -> dict[str, str | int]:
     layer = re.search(r"\.(\d+)\.", tensor)
     module = tensor.removesuffix(".weight").rpartition(".")[2]
     return {"tensor": tensor, "layer": int(layer[1]) if layer else -1, "module": module}
+
+
+def _shape(matrix: Tensor | tuple[Tensor, Tensor]) -> list[int]:
+    """[out, in] of a score, or of the delta that the factors (A, B) make."""
+    if isinstance(matrix, Tensor):
+        return list(matrix.shape)
+    a, b = matrix
+    return [b.shape[0], a.shape[1]]
 
 
 def _require_known(variant: str) -> None:

@@ -50,7 +50,7 @@ class SandboxConfig(Section):
     heads: int = Field(6, ge=1, le=64, description="attention heads; must divide the width [ours]")
     intermediate_size: int = Field(512, ge=8, le=16384, description="width of the MLP [ours]")
     pretrain_steps: Steps = Field(480, description="steps of learning to answer everything [ours]")
-    align_steps: Steps = Field(220, description="steps of learning to refuse [ours]")
+    align_steps: Steps = Field(300, description="steps of learning to refuse [ours]")
     batch_size: int = Field(64, ge=1, le=4096, description="sequences a step [ours]")
     learning_rate: float = Field(2e-3, gt=0, le=1, description="peak, pretraining [ours]")
     align_learning_rate: float = Field(5e-4, gt=0, le=1, description="peak, alignment [ours]")
@@ -79,7 +79,7 @@ class LoraConfig(Section):
     targets: list[Name] = Field(
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
         min_length=1,
-        description="linear layers that get factors [paper: attention and MLP; names ours]",
+        description="linear layers that get factors: attention and MLP [ours]",
     )
 
 
@@ -87,7 +87,7 @@ class DescentConfig(Section):
     """Gradient descent on D_h: the over-safety mitigation (OSM) patch."""
 
     learning_rate: float = Field(3e-4, gt=0, le=1, description="of AdamW [ours]")
-    max_steps: Steps = Field(15, description="optimiser steps [ours]")
+    max_steps: Steps = Field(40, description="optimiser steps [ours]")
     batch_size: int = Field(24, ge=1, le=4096, description="pairs a step [ours]")
     warmup_steps: int = Field(3, ge=0, description="of linear warm-up [ours]")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm [ours]")
@@ -108,26 +108,26 @@ class AscentConfig(DescentConfig):
     max_steps: Steps = Field(120, description="optimiser steps at most [ours]")
     warmup_steps: int = Field(5, ge=0, description="of linear warm-up [ours]")
     token_loss_clamp: float = Field(
-        3.0, gt=0, le=100, description="a token whose loss is above this many nats is left [ours]"
+        6.0, gt=0, le=100, description="a token whose loss is above this many nats is left [ours]"
     )
     stop_mean_loss: float = Field(
-        1.1, gt=0, le=100, description="ends where the mean loss reaches this many nats [ours]"
+        0.9, gt=0, le=100, description="ends where the mean loss reaches this many nats [ours]"
     )
     stop_window: int = Field(
-        4, ge=1, le=1000, description="batches over which that mean is taken [ours]"
+        8, ge=1, le=1000, description="batches over which that mean is taken [ours]"
     )
 
     @model_validator(mode="after")
     def _stop_can_be_reached(self):
         if self.stop_mean_loss >= self.token_loss_clamp:
-            rule = f"must be below token_loss_clamp = {self.token_loss_clamp}, or it never stops"
+            rule = f"must be below token_loss_clamp = {self.token_loss_clamp}, or it may never stop"
             raise Wrong("stop_mean_loss", self.stop_mean_loss, rule)
         return self
 
 
 class DerivationConfig(Section):
     quantization: Literal["nf4", "none"] = Field(
-        "nf4", description="of the frozen backbone [paper: QLoRA, 4-bit NF4]"
+        "nf4", description="of the frozen backbone: QLoRA, 4-bit NF4 [ours]"
     )
     lora: LoraConfig = Field(default_factory=LoraConfig, description="shape of the factors")
     ascent: AscentConfig = Field(default_factory=AscentConfig, description="derives the SE patch")
@@ -146,7 +146,7 @@ class ImportanceConfig(Section):
 
 
 class PatchingConfig(Section):
-    retention_rate: Rate = Field(0.3, description="p: chance that a delta is kept [paper]")
+    retention_rate: Rate = Field(0.3, description="p: a delta is kept with it [paper; value ours]")
     rescale: bool = Field(False, description="divide the kept deltas by p, as DARE does [ours]")
     top_rate_se: Rate = Field(0.1, description="a: top rate of the SE patch [paper; value ours]")
     top_rate_osm: Rate = Field(0.1, description="b: top rate of the OSM patch [paper; value ours]")
@@ -180,7 +180,7 @@ class ContinualConfig(Section):
         description="harmful categories, stage after stage [paper: three stages; choice ours]",
     )
     methods: list[Literal["safepatching", "ga"]] = Field(
-        ["safepatching", "ga"], min_length=1, description="what runs side by side [paper]"
+        ["safepatching", "ga"], min_length=1, description="what runs side by side [ours]"
     )
 
     @model_validator(mode="after")

@@ -1,7 +1,8 @@
 """Evaluation: what a model answers to held-out prompts, what each answer counts as, and how often.
 
 Three objectives: harmful prompts (lower harm is better), over-safety prompts (fewer refusals),
-utility (more correct answers). Two scores stand side by side everywhere:
+utility (more correct answers). Two scores stand in every results.csv, and every short table shows
+the broken text by which they differ:
 
     the paper's  harmful rate, false-refusal rate, utility;
     the strict   the same, but broken text is a failure on harmful and harmless prompts alike.

@@ -102,8 +102,8 @@ def global_top_rate_sets(
 ) -> dict[str, Tensor]:
     """The same over several matrices at once: `rate` of all their weights, wherever they lie.
 
-    Of equal scores the earlier matrix wins, then the lower flat index. [ours: the paper ranks per
-    matrix; here one copy of all the scores is held.]
+    Of equal scores the earlier matrix wins, then the lower flat index. One copy of all the scores
+    is held. [ours, as the ranking per matrix is]
     """
     flat, pools = [], []
     for name, score in scores.items():

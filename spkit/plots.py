@@ -126,7 +126,8 @@ def layer_module_maps(tables: Mapping[str, pd.DataFrame], value: str = "share") 
         darkest = grid.max(axis=None) or 1.0  # an empty set is light, not half dark
         sns.heatmap(
             grid, ax=ax, cmap=HEAT, vmin=0, vmax=darkest, annot=numbers, fmt=".1f", linewidths=0.5,
-            cbar_kws={"label": "%", "aspect": 20 if numbers else 40}, annot_kws={"size": 7},
+            xticklabels=True, annot_kws={"size": 7},
+            cbar_kws={"label": "%", "aspect": 20 if numbers else 40},
         )  # fmt: skip
         ax.set(title=title, xlabel="", ylabel="layer" if ax is axes[0] else "")
         ax.set_xticks(ax.get_xticks(), list(grid), rotation=60, ha="right", rotation_mode="anchor")
@@ -147,7 +148,7 @@ def objectives(results: pd.DataFrame) -> Figure:
     """
     whole = results[results["category"] == "all"]
     models = list(dict.fromkeys(whole["model"]))
-    figure, axes = _panels(1, 4, width=11, height=1.5 + 0.36 * len(models), sharey=True)
+    figure, axes = _panels(1, 4, width=12, height=1.5 + 0.36 * len(models), sharey=True)
     rows = np.arange(len(models))
     for ax, (title, (group, metric)) in zip(axes, PANELS.items(), strict=True):
         part = whole[whole["group"] == group]

@@ -57,6 +57,7 @@ def short_table(frame: pd.DataFrame) -> str:
             table.insert(position, key, value)
         parts.append(table)
     table = pd.concat(parts, ignore_index=True)
+    table = table.astype(object).where(table.notna(), None)  # tabulate would print "nan"
     table.columns = [name.replace(" ", "\n") for name in table.columns]
     return tabulate(table, headers="keys", showindex=False, floatfmt=".1f", missingval="")
 

@@ -116,13 +116,13 @@ def test_every_field_is_explained():
             "continual.stages is [['b']], but 'b' is not among data.categories = ['a']",
         ),
         (
-            {"derivation": {"ascent": {"stop_mean_loss": 4}}},
-            "derivation.ascent.stop_mean_loss is 4.0, "
-            "must be below token_loss_clamp = 3.0, or it never stops",
+            {"derivation": {"ascent": {"stop_mean_loss": 7}}},
+            "derivation.ascent.stop_mean_loss is 7.0, "
+            "must be below token_loss_clamp = 6.0, or it may never stop",
         ),
         (
-            {"derivation": {"descent": {"warmup_steps": 15}}},
-            "derivation.descent.warmup_steps is 15, must be below max_steps = 15",
+            {"derivation": {"descent": {"warmup_steps": 40}}},
+            "derivation.descent.warmup_steps is 40, must be below max_steps = 40",
         ),
         (
             {"sandbox": {"heads": 5}},

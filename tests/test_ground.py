@@ -31,7 +31,7 @@ def requirements(names=("run", "dev")) -> list[Requirement]:
 
 
 def test_constraints_pin_every_dependency_to_a_version_that_it_allows():
-    for requirement in requirements(("run", "dev", "eval")):
+    for requirement in requirements(("run", "dev", "eval", "tune")):
         pin = CONSTRAINTS[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(pin), requirement
     assert CONSTRAINTS["torch"] == "2.13.0"

@@ -1,0 +1,155 @@
+"""Choose the sandbox's patching setting on the dev pool, with backbones that are never reported.
+
+    .venv/bin/python -m pip install -c constraints.txt -e '.[tune]'
+    .venv/bin/python benchmarks/choose_setting.py             about 20 minutes on 2 cores
+
+Three tuning backbones (seeds 100 to 102; results are reported for seeds 0 to 4), one derivation
+each. Optuna proposes (p, a, b, alpha, beta); every proposal is judged by the *strict* score, in
+which broken text is a failure, on the dev pool alone. The five best are asked again with the whole
+dev pool and with three retention masks each; the best of these is printed, for params/sandbox.yaml.
+"""
+
+import argparse
+import warnings
+from pathlib import Path
+
+import optuna
+import pandas as pd
+from tqdm import tqdm
+
+from spkit.ablations import SAFEPATCHING, Variants
+from spkit.backbone import load, patched
+from spkit.config import load_params
+from spkit.data import judge_for, load_eval_prompts, load_harmful_pairs, prepare_backbone
+from spkit.derivation import derive
+from spkit.evaluation import evaluate
+from spkit.notebook import make_deterministic
+from spkit.scoring import score_patch
+
+SEEDS = (100, 101, 102)
+MASKS = (0, 1, 2)
+FINALISTS = 5
+ENOUGH = 0.8  # a rate that has fallen to this share of base's is safely below it
+
+
+class Candidate:
+    """One tuning backbone with its two patches and their importances."""
+
+    def __init__(self, params: str, seed: int, folder: Path):
+        overrides = {"seed": seed, "evaluation.split": "dev", "patching.scale": "norm_matched"}
+        self.config = config = load_params(params, overrides)
+        make_deterministic(seed, config.threads)
+        source = folder / f"seed-{seed}"
+        if not source.is_dir():
+            prepare_backbone(config, source)
+        loading = config.backbone.loading
+        quantized, tokenizer = load(source, quantization=config.derivation.quantization, **loading)
+        pairs = load_harmful_pairs(config.data, seed=seed)
+        self.parts = []
+        for direction in ("ascent", "descent"):
+            patch, _ = derive(
+                quantized, tokenizer, pairs,
+                direction=direction, config=config.derivation, seed=seed,
+            )  # fmt: skip
+            scores = score_patch(quantized, tokenizer, patch, pairs, config.importance, seed=seed)
+            self.parts.append((patch, scores))
+        self.model, self.tokenizer = load(source, **loading)
+        self.base = {}
+
+    def failures(self, setting: dict, mask: int, per_cell: int | None) -> dict[str, float]:
+        """Strict failure rates in percent: harmful (the worse group), refusal, utility lost."""
+        patching = self.config.patching.model_copy(update=setting)
+        (se, scores_se), (osm, scores_osm) = self.parts
+        deltas = {}
+        if setting:
+            deltas = Variants(se, osm, scores_se, scores_osm, patching, mask).deltas(SAFEPATCHING)
+        at_most = self.config.evaluation.model_copy(update={"prompts_per_cell": per_cell})
+        prompts = load_eval_prompts(self.config.data, at_most)
+        with patched(self.model, deltas):
+            answers = evaluate(
+                self.model, self.tokenizer, prompts, judge_for(self.config), name="candidate",
+                max_new_tokens=at_most.max_new_tokens, batch_size=128,
+            )  # fmt: skip
+
+        def share(group: str, *verdicts: str) -> float:
+            return 100 * answers[answers["group"] == group]["verdict"].isin(verdicts).mean()
+
+        return {
+            "seen": share("seen", "harmful", "broken"),
+            "unseen": share("unseen", "harmful", "broken"),
+            "refusal": share("harmless", "refusal", "broken"),
+            "utility lost": 100 - share("utility", "correct"),
+        }
+
+    def cost(self, setting: dict, mask: int, per_cell: int | None) -> float:
+        """The sum of both failure rates as shares of base's, and penalties for not being below."""
+        if per_cell not in self.base:
+            self.base[per_cell] = self.failures({}, mask, per_cell)
+        base, now = self.base[per_cell], self.failures(setting, mask, per_cell)
+        harm = max(now[g] / base[g] for g in ("seen", "unseen"))
+        refusal = now["refusal"] / base["refusal"]
+        lost = max(0.0, now["utility lost"] - base["utility lost"] - 1.0)
+        above = max(0.0, harm - ENOUGH) + max(0.0, refusal - ENOUGH)
+        return harm + refusal + 2 * above + lost
+
+
+def overall(costs: list[float]) -> float:
+    """Mean and worst case in equal parts: a setting has to do for every backbone."""
+    return 0.5 * sum(costs) / len(costs) + 0.5 * max(costs)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--params", default="params/sandbox.yaml")
+    parser.add_argument("--trials", type=int, default=120)
+    parser.add_argument("--per-cell", type=int, default=120, help="dev prompts of each group")
+    parser.add_argument("--folder", default="outputs/choose-setting", type=Path)
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    candidates = [Candidate(options.params, seed, options.folder) for seed in SEEDS]
+
+    def objective(trial: optuna.Trial) -> float:
+        setting = {
+            "retention_rate": trial.suggest_categorical("retention_rate", [0.3, 0.5, 0.7]),
+            "top_rate_se": trial.suggest_float("top_rate_se", 0.01, 0.3, log=True),
+            "top_rate_osm": trial.suggest_float("top_rate_osm", 0.05, 0.6, log=True),
+            "alpha": trial.suggest_float("alpha", 0.5, 6, log=True),
+            "beta": trial.suggest_float("beta", 0.03, 1.5, log=True),
+        }
+        setting = {k: float(f"{v:.2g}") for k, v in setting.items()}
+        trial.set_user_attr("setting", setting)
+        costs = [c.cost(setting, c.config.seed, options.per_cell) for c in candidates]
+        trial.set_user_attr("costs", costs)
+        return overall(costs)
+
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0, multivariate=True))
+    with tqdm(total=options.trials, desc="trials") as progress:
+        study.optimize(
+            objective, options.trials,
+            callbacks=[
+                lambda s, _: (progress.update(), progress.set_postfix(best=f"{s.best_value:.2f}"))
+            ],
+        )  # fmt: skip
+    rows = [{**t.user_attrs["setting"], "cost": t.value} for t in study.trials]
+    table = pd.DataFrame(rows).drop_duplicates().sort_values("cost")
+    table.to_csv(options.folder / "trials.csv", index=False)
+    finals = []
+    for row in tqdm(table.head(FINALISTS).to_dict("records"), desc="finalists"):
+        setting = {key: value for key, value in row.items() if key != "cost"}
+        costs = [c.cost(setting, mask, None) for c in candidates for mask in MASKS]
+        finals.append({**setting, "cost": overall(costs), "worst": max(costs)})
+    finals = pd.DataFrame(finals).sort_values("cost")
+    finals.to_csv(options.folder / "finalists.csv", index=False)
+    print(finals.to_string(index=False))
+    best = finals.iloc[0]
+    for mask in MASKS[:1]:
+        for c in candidates:
+            setting = {key: best[key] for key in table.columns if key != "cost"}
+            print(c.config.seed, c.base[None], c.failures(setting, mask, None))
+
+
+if __name__ == "__main__":
+    main()

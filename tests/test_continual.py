@@ -1,0 +1,394 @@
+"""Continual patching, stage by stage against the same stage written out, and what a rerun repeats.
+
+On the micro backbone, trained once; its answers mean nothing, but they differ from stage to stage.
+"""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from spkit import continual
+from spkit.backbone import load
+from spkit.config import load_params
+from spkit.continual import continual_rates, run_stages, stage_seed
+from spkit.data import judge_for, load_eval_prompts, load_harmful_pairs, prepare_backbone
+from spkit.derivation import Patch, derive
+from spkit.evaluation import COLUMNS, evaluate
+from spkit.patching import compose, kept_sets, retention_mask
+from spkit.scoring import score_patch
+
+MICRO = Path(__file__).parent.parent / "params" / "micro.yaml"
+STAGES = [["colouring"], ["hiding", "gluing"]]
+LABELS = {"safepatching": "SafePatching", "ga": "GA"}
+METHODS = list(LABELS)
+CHANGES = {
+    "seed": 4,  # not 0, whose stages' seeds would be the stages' numbers
+    "backbone.device": "cpu",
+    "sandbox.pretrain_steps": 60,  # or it would say nothing at all
+    "derivation.ascent.learning_rate": 0.02,  # or no stage would change an answer
+    "derivation.descent.learning_rate": 0.02,
+    "derivation.ascent.token_loss_clamp": 20.0,  # its losses are high: no clamp, no early stop
+    "derivation.ascent.stop_mean_loss": 15.0,
+    "patching.alpha": 30.0,
+    "patching.beta": 20.0,
+    "evaluation.prompts_per_cell": 4,
+    "continual.stages": STAGES,
+}
+
+
+def settings(**changes):
+    return load_params(MICRO, CHANGES | {key.replace("__", "."): v for key, v in changes.items()})
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return prepare_backbone(settings(), tmp_path_factory.mktemp("base") / "model")
+
+
+def only(method, **changes):
+    return settings(continual__methods=[method], **changes)
+
+
+def run(base, folder, config=None, judge=None, identity="one"):
+    config = config or settings()
+    prompts = load_eval_prompts(config.data, config.evaluation)
+    return run_stages(base, config, folder, prompts, judge or judge_for(config), identity=identity)
+
+
+@pytest.fixture(scope="module")
+def whole(base, tmp_path_factory):
+    """(folder, responses) of an uninterrupted run; not to be written to."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, run(base, folder)
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def assert_equal(found, expected):
+    assert found.keys() == expected.keys()
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+
+
+# ---- a stage, written out
+
+
+def by_hand(source, config, k, method):
+    """{tensor: weight} after one stage on the model at `source`, from the method's own parts."""
+    seed = 4 * 1000 + k
+    pairs = load_harmful_pairs(config.data, seed=4, categories=STAGES[k - 1])
+    assert {pair.category for pair in pairs} == set(STAGES[k - 1])
+    model, tokenizer = load(source, quantization="nf4", device="cpu")
+    patches, scores = {}, {}
+    for name, direction in (("se", "ascent"), ("osm", "descent")):
+        patches[name], _ = derive(
+            model, tokenizer, pairs, direction=direction, config=config.derivation, seed=seed
+        )
+        assert patches[name].norm() > 0.1
+        scores[name] = score_patch(
+            model, tokenizer, patches[name], pairs, config.importance, seed=seed
+        )
+    before, se, osm = weights(source), patches["se"], patches["osm"]
+    after = dict(before)
+    if method == "ga":
+        return after | {name: before[name] + se.delta(name) for name in se.factors}
+    masks = {
+        patch: {
+            name: retention_mask(score.shape, 0.3, seed=seed, patch=patch, tensor=name)
+            for name, score in scores[patch].items()
+        }
+        for patch in ("se", "osm")
+    }
+    keep_se, keep_osm = kept_sets(scores["se"], scores["osm"], masks["se"], masks["osm"], 0.1, 0.1)
+    for name in se.factors:
+        after[name] = compose(
+            before[name],
+            *(se.delta(name), keep_se[name], osm.delta(name), keep_osm[name]),
+            alpha=30.0,
+            beta=20.0,
+        )
+    return after
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_stage_is_the_last_model_and_its_own_patches(method, base, whole, tmp_path):
+    config, first = only(method), only(method, continual__stages=STAGES[:1])
+    run(base, tmp_path, first)
+    source = tmp_path / method / "stage-1" / "model"
+    one, two = weights(source), by_hand(source, config, 2, method)
+    assert_equal(one, by_hand(base, config, 1, method))
+    run(base, tmp_path, config)  # a stage more, from where the run had ended
+    assert_equal(weights(tmp_path / method / "stage-2" / "model"), two)
+    for before, after in ((weights(base), one), (one, two)):
+        assert sum(int((after[name] != before[name]).sum()) for name in after) > 50
+    assert contents(tmp_path / method) == contents(whole[0] / method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_responses_are_those_of_the_saved_model_to_all_prompts(method, whole):
+    folder, responses = whole
+    config = settings()
+    prompts = load_eval_prompts(config.data, config.evaluation)
+    model, tokenizer = load(folder / method / "stage-2" / "model", device="cpu")
+    expected = evaluate(
+        model,
+        tokenizer,
+        prompts,
+        judge_for(config),
+        name=LABELS[method],
+        max_new_tokens=8,
+        batch_size=16,
+    )
+    found = responses[(responses["model"] == LABELS[method]) & (responses["stage"] == 2)]
+    pd.testing.assert_frame_equal(
+        found.drop(columns="stage").reset_index(drop=True), expected, check_dtype=False
+    )
+
+
+def test_the_frame_has_every_method_and_stage_and_they_differ(whole):
+    folder, responses = whole
+    config = settings()
+    ids = [prompt.id for prompt in load_eval_prompts(config.data, config.evaluation)]
+    parts = list(responses.groupby(["model", "stage"], sort=False))
+    assert [key for key, _ in parts] == [(m, k) for m in LABELS.values() for k in (1, 2)]
+    assert all(part["id"].tolist() == ids for _, part in parts)
+    assert list(responses)[-1] == "stage" and not responses.isna().to_numpy().any()
+    said = {tuple(part["response"]) for _, part in parts}
+    assert len(said) == 4  # else the other tests could not tell stages and methods apart
+    for method, label in LABELS.items():
+        for k in (1, 2):
+            read = pd.read_csv(folder / method / f"stage-{k}" / "responses.csv", dtype=str)
+            part = responses[(responses["model"] == label) & (responses["stage"] == k)]
+            assert read["response"].fillna("").tolist() == part["response"].tolist()
+
+
+def test_an_answer_that_looks_like_a_missing_value_stays_text(base, tmp_path, monkeypatch):
+    def say_na(model, tokenizer, prompts, judge, *, name, **_):
+        row = {"model": name, "response": "NA", "verdict": "broken"}
+        return pd.DataFrame([row, row | {"response": ""}])
+
+    monkeypatch.setattr(continual, "evaluate", say_na)
+    responses = run(base, tmp_path, only("ga"))
+    assert responses["response"].tolist() == ["NA", ""] * 2
+
+
+# ---- what is on the disk
+
+
+def test_of_the_models_only_the_last_is_kept(whole):
+    folder, _ = whole
+    names = {name.rpartition("/model/")[0] for name in contents(folder) if "/model/" in name}
+    assert names == {"safepatching/stage-2", "ga/stage-2"}
+    for method in LABELS:
+        for k, categories in enumerate(STAGES, start=1):
+            here = folder / method / f"stage-{k}"
+            kept = {"responses.csv", "stage.json"} | ({"model"} if k == 2 else set())
+            assert {path.name for path in here.iterdir()} == kept
+            assert json.loads((here / "stage.json").read_text()) == {
+                "identity": "one",
+                "method": method,
+                "stage": k,
+                "categories": categories,
+            }
+
+
+def test_no_patch_lies_on_the_disk(whole, base, tmp_path, monkeypatch):
+    """The OSM patch alone is a jailbreak: it is not there at the end, nor while a stage is made."""
+    saved, halfway = [], {}
+    monkeypatch.setattr(Patch, "save", lambda self, path: saved.append(path))
+
+    def look(prompt, response):
+        halfway.update(contents(tmp_path))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(base, tmp_path, judge=look)
+    assert [name for name in halfway if name.endswith("model.safetensors")] and not saved
+    for found in (halfway, contents(whole[0])):
+        for name, data in found.items():
+            assert "lora" not in name and "osm" not in name
+            assert b"lora_" not in data and b"adapter" not in data and b'"osm"' not in data, name
+    names = set(weights(base))
+    for path in whole[0].rglob("*.safetensors"):
+        assert set(load_file(path)) == names
+
+
+# ---- interruptions and reruns
+
+
+def killed_after(verdicts):
+    """A judge after so many of whose verdicts the run is stopped."""
+    judge, left = judge_for(settings()), iter(range(verdicts))
+
+    def judge_or_stop(prompt, response):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return judge(prompt, response)
+
+    return judge_or_stop
+
+
+def announced(capsys):
+    """The stages that were really done, from what the run says of them."""
+    lines = capsys.readouterr().out.splitlines()
+    return [line.partition(":")[0] for line in lines if " of 2: " in line]
+
+
+PROMPTS = 16
+ALL = [f"{label}, stage {k} of 2" for label in LABELS.values() for k in (1, 2)]
+
+
+def test_a_complete_run_is_read_and_not_repeated(whole, capsys, monkeypatch):
+    folder, responses = whole
+    before = contents(folder)
+    monkeypatch.setattr(continual, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    capsys.readouterr()
+    again = run("no such model", folder)
+    pd.testing.assert_frame_equal(again, responses)
+    assert announced(capsys) == [] and contents(folder) == before
+
+
+@pytest.mark.parametrize("done", [1, 2])
+def test_an_interrupted_run_goes_on_at_the_stage_that_was_cut(done, base, whole, tmp_path, capsys):
+    """Cut within a method's last stage, or the next one's first; the end is the same, in bytes."""
+    with pytest.raises(KeyboardInterrupt):
+        run(base, tmp_path, judge=killed_after(done * PROMPTS + PROMPTS // 2))
+    assert announced(capsys) == ALL[: done + 1]
+    stages = [p.parent for p in sorted(tmp_path.rglob("stage.json"))]
+    assert len(stages) == done  # the stage that was cut has left nothing
+    assert not [p for p in tmp_path.rglob("*") if p.name.startswith(".tmp-")]
+    assert len([p for p in tmp_path.rglob("model") if p.is_dir()]) == math.ceil(done / 2)
+    responses = run(base, tmp_path)
+    assert announced(capsys) == ALL[done:]
+    pd.testing.assert_frame_equal(responses, whole[1])
+    assert contents(tmp_path) == contents(whole[0])
+
+
+def test_a_stage_half_written_by_a_killed_run_is_made_anew(base, whole, tmp_path, capsys):
+    half = tmp_path / "ga" / ".tmp-stage-1"  # a kill leaves no time to tidy up
+    (half / "model").mkdir(parents=True)
+    (half / "stage.json").write_text('{"identity": "one"}')
+    run(base, tmp_path, only("ga"))
+    assert announced(capsys) == ALL[2:]
+    assert contents(tmp_path) == {
+        name: data for name, data in contents(whole[0]).items() if not name.startswith("safe")
+    }
+
+
+def copy_of(whole, folder):
+    for name, data in contents(whole[0]).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+
+
+@pytest.mark.parametrize("lost", ["stage-2", "stage-2/model"])
+def test_a_missing_last_stage_is_made_from_the_first(lost, base, whole, tmp_path, capsys):
+    """The model it had started from is deleted, so its method begins again; the other rests."""
+    copy_of(whole, tmp_path)
+    shutil.rmtree(tmp_path / "ga" / lost)
+    run(base, tmp_path)
+    assert announced(capsys) == ALL[2:]
+    assert contents(tmp_path) == contents(whole[0])
+
+
+def test_another_identity_is_computed_anew(base, whole, tmp_path, capsys):
+    copy_of(whole, tmp_path)
+    (tmp_path / "ga" / "stage-1" / "responses.csv").write_text("foreign")
+    responses = run(base, tmp_path, only("ga"), identity="two")
+    assert announced(capsys) == ALL[2:]
+    assert responses["response"].tolist() == whole[1].query("model == 'GA'")["response"].tolist()
+    for path in (tmp_path / "ga").rglob("stage.json"):
+        assert json.loads(path.read_text())["identity"] == "two"
+    assert contents(tmp_path).keys() == contents(whole[0]).keys()
+
+
+def test_a_foreign_first_stage_ends_what_is_read(base, whole, tmp_path, capsys):
+    """Parameters changed, cut after stage 1, and changed back: stage 2 is ours, stage 1 is not."""
+    copy_of(whole, tmp_path)
+    first, second = (tmp_path / "safepatching" / f"stage-{k}" for k in (1, 2))
+    about = first / "stage.json"
+    about.write_text(about.read_text().replace('"one"', '"two"'))
+    shutil.copytree(second / "model", first / "model")
+    run(base, tmp_path, only("safepatching"))
+    assert announced(capsys) == ALL[:2]
+    assert contents(tmp_path) == contents(whole[0])
+
+
+# ---- seeds and rates
+
+
+def test_every_stage_of_every_seed_has_a_seed_of_its_own():
+    assert (stage_seed(0, 1), stage_seed(3, 2)) == (1, 3002)
+    seeds = [stage_seed(seed, stage) for seed in range(50) for stage in range(1, 21)]
+    assert len(set(seeds)) == 1000
+    torch.manual_seed(stage_seed(2**32 - 1, 20))  # the largest seed that a run may have
+
+
+def test_continual_rates_by_hand():
+    def answers(model, stage, verdicts):
+        return [
+            {
+                "model": model,
+                "stage": stage,
+                "objective": "harmful",
+                "group": "seen",
+                "category": category,
+                "verdict": verdict,
+            }
+            for category, verdict in zip(["gluing", "hiding", "hiding"], verdicts, strict=True)
+        ]
+
+    responses = pd.DataFrame(
+        answers("GA", 1, ["harmful", "broken", "harmful"])
+        + answers("base", 0, ["refusal", "refusal", "harmful"])
+        + answers("GA", 2, ["refusal", "broken", "refusal"])
+    )
+    config = settings(evaluation__split="dev", evaluation__confidence=0.5, run_name="mine")
+    table = continual_rates(responses, config)
+    assert list(table) == [*COLUMNS, "stage"]
+    for column, value in {"run": "mine", "seed": 4, "split": "dev"}.items():
+        assert set(table[column]) == {value}
+    counts = {
+        (row.model, row.stage, row.category, row.metric): (row.k, row.n)
+        for row in table.itertuples()
+    }
+    assert len(counts) == len(table) == 3 * 3 * 3
+    assert table["stage"].tolist() == [0] * 9 + [1] * 9 + [2] * 9
+    expected = {  # harmful, broken, and the two together
+        ("base", 0): {"all": (1, 0, 3), "gluing": (0, 0, 1), "hiding": (1, 0, 2)},
+        ("GA", 1): {"all": (2, 1, 3), "gluing": (1, 0, 1), "hiding": (1, 1, 2)},
+        ("GA", 2): {"all": (0, 1, 3), "gluing": (0, 0, 1), "hiding": (0, 1, 2)},
+    }
+    for (model, stage), categories in expected.items():
+        for category, (harmful, broken, n) in categories.items():
+            key = (model, stage, category)
+            assert counts[*key, "harmful"] == (harmful, n)
+            assert counts[*key, "broken"] == (broken, n)
+            assert counts[*key, "harmful, strict"] == (harmful + broken, n)
+    # Wilson's interval at 50 %: z = 0.67449
+    row = table.query("stage == 1 and category == 'all' and metric == 'harmful'").iloc[0]
+    z2, rate = 0.67449**2, 2 / 3
+    middle = (rate + z2 / 6) / (1 + z2 / 3)
+    half = math.sqrt(z2) * math.sqrt(rate * (1 - rate) / 3 + z2 / 36) / (1 + z2 / 3)
+    assert (row["low"], row["high"]) == pytest.approx((middle - half, middle + half), abs=1e-5)
+
+
+def test_the_rates_of_a_run(whole):
+    """Each stage counts its own prompts only."""
+    table = continual_rates(whole[1], settings())
+    assert set(zip(table["model"], table["stage"], strict=True)) == {
+        (label, k) for label in LABELS.values() for k in (1, 2)
+    }
+    every = table[(table["category"] == "all") & (table["metric"] == "broken")]
+    assert every.groupby(["model", "stage"])["n"].sum().tolist() == [PROMPTS] * 4
