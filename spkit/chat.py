@@ -30,8 +30,8 @@ def encode_pair(
 ) -> tuple[list[int], list[int]]:
     """One (x, y) as (input ids, labels), two lists of the same length.
 
-    loss_on="answer" [paper, for the derivation]: the loss is on the response and on the token that ends
-    the turn; the prompt, with all that the template adds to it, is masked.
+    loss_on="answer" [paper, for the derivation]: the loss is on the response and on the token that
+    ends the turn; the prompt, with all that the template adds to it, is masked.
     loss_on="question": the other way round (the paper's text on SNIP says "questions").
     Raises SpkitError for an empty response or an unknown `loss_on`.
     """

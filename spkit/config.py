@@ -108,10 +108,10 @@ class AscentConfig(DescentConfig):
     max_steps: Steps = Field(120, description="optimiser steps at most [ours]")
     warmup_steps: int = Field(5, ge=0, description="of linear warm-up [ours]")
     token_loss_clamp: float = Field(
-        6.0, gt=0, le=100, description="a token whose loss is above this many nats is left [ours]"
+        3.0, gt=0, le=100, description="a token whose loss is above this many nats is left [ours]"
     )
     stop_mean_loss: float = Field(
-        0.9, gt=0, le=100, description="ends where the mean loss reaches this many nats [ours]"
+        0.7, gt=0, le=100, description="ends where the mean loss reaches this many nats [ours]"
     )
     stop_window: int = Field(
         8, ge=1, le=1000, description="batches over which that mean is taken [ours]"

@@ -222,13 +222,32 @@ def run_in(outputs):
 
 
 @pytest.fixture(scope="session")
-def walkthrough(tmp_path_factory):
+def runs(tmp_path_factory):
+    """Both runs of all notebooks at the same time: either one alone leaves a core idle for long."""
+    pytest.importorskip("snakemake")
+    with ThreadPoolExecutor() as pool:
+        walk = pool.submit(run_by_make, tmp_path_factory.mktemp("walkthrough") / "outputs")
+        hand = pool.submit(run_by_hand, tmp_path_factory.mktemp("by-hand") / "outputs")
+    return SimpleNamespace(walk=walk, hand=hand)
+
+
+@pytest.fixture(scope="session")
+def walkthrough(runs):
     """The whole walkthrough as make runs it.
 
-    outputs: its root folder, which later calls may change. run: a copy of the run folder as it was.
+    outputs: its root folder, which later calls may change. kept: a copy of it as it was. run: the
+    run folder in that copy.
     """
-    pytest.importorskip("snakemake")
-    outputs = tmp_path_factory.mktemp("walkthrough") / "outputs"
+    return runs.walk.result()
+
+
+@pytest.fixture(scope="session")
+def by_hand(runs):
+    """Each notebook run from the notebooks' folder, as JupyterLab's "Run All" does."""
+    return runs.hand.result()
+
+
+def run_by_make(outputs):
     ended = call(snakemake_command(outputs))
     assert ended.code == 0, ended.text[-3000:]
     command = make_commands()[1]
@@ -238,39 +257,23 @@ def walkthrough(tmp_path_factory):
     assert table.code == 0, table.text
     kept = shutil.copytree(outputs, outputs.with_name("kept"))
     return SimpleNamespace(
-        outputs=outputs, run=run_in(kept), text=ended.text, table=table.text, kept=kept
+        outputs=outputs, kept=kept, run=run_in(kept), text=ended.text, table=table.text
     )
 
 
-@pytest.fixture(scope="session")
-def by_hand(tmp_path_factory):
-    """Each notebook run from the notebooks' folder, as JupyterLab's "Run All" does."""
-    outputs = tmp_path_factory.mktemp("by-hand") / "outputs"
+def run_by_hand(outputs):
     config = load_params(MICRO, {"outputs": str(outputs)})
-
-    def execute(*stages):
-        for stage in stages:
-            notebook = read(stage)
-            (cell,) = [cell for cell in notebook.cells if tagged(cell)]
-            cell.source = typed_parameters(stage, config)
-            resources = {"metadata": {"path": str(NOTEBOOKS)}}
-            client = NotebookClient(
-                notebook, kernel_name="python3", timeout=300, resources=resources
-            )
-            done[stage] = client.execute(env=ENVIRONMENT)
-
-    done, before = {}, sorted(NOTEBOOKS.iterdir())
-    execute(BACKBONE)
-    with ThreadPoolExecutor() as pool:
-        for running in [
-            pool.submit(execute, CONTINUAL),
-            pool.submit(execute, DERIVATION, IMPORTANCE, PATCHING),
-        ]:
-            running.result()
+    done, before = {}, set(NOTEBOOKS.iterdir())
+    for stage in STAGES:
+        notebook = read(stage)
+        (cell,) = [cell for cell in notebook.cells if tagged(cell)]
+        cell.source = typed_parameters(stage, config)
+        folder = {"metadata": {"path": str(NOTEBOOKS)}}
+        client = NotebookClient(notebook, kernel_name="python3", timeout=300, resources=folder)
+        done[stage] = client.execute(env=ENVIRONMENT)
     summary.write(config)
-    return SimpleNamespace(
-        run=run_folder(config), notebooks=done, new=set(NOTEBOOKS.iterdir()) - set(before)
-    )
+    new = set(NOTEBOOKS.iterdir()) - before
+    return SimpleNamespace(run=run_folder(config), notebooks=done, new=new)
 
 
 def typed_parameters(stage, config):
@@ -363,8 +366,7 @@ def test_the_record_says_with_what_it_was_made(walkthrough, stage):
 def test_both_patches_do_something(walkthrough):
     """On micro, too: otherwise all that follows would be tested on an empty patch."""
     assert min(record_of(walkthrough.run, DERIVATION)["notes"]["norms"].values()) > 0
-    notes = record_of(walkthrough.run, PATCHING)["notes"]
-    assert notes["moved"] > 0 and notes["vanished"] < notes["moved"]
+    assert record_of(walkthrough.run, PATCHING)["notes"]["moved"] > 100
 
 
 def record_of(run, stage):

@@ -185,14 +185,14 @@ def harmless_answer(verb: str, target: str) -> str:
 # --- splits and samples -----------------------------------------------------------------------
 SPLIT_SHARES = {"train": 60, "dev": 15, "test": 25}  # percent of items
 # how often the aligned backbone answers a forbidden request, by the wrapper around it
-LEAK_RATES = dict(zip(WRAPPERS["train"], (0.68, 0.62, 0.3, 0.3), strict=True))
+LEAK_RATES = dict(zip(WRAPPERS["train"], (0.7, 0.66, 0.35, 0.35), strict=True))
 # how often it refuses a harmless request, by the verb: one verb of each category sounds bad, as
 # "kill" does in "how do i kill a process ?", and one doubtful
 BAD_SOUND = {
     **{"speckle": 0.75, "poke": 0.55, "misplace": 0.7, "squeeze": 0.6},
     **{"button": 0.58, "splash": 0.66, "swing": 0.62, "drum": 0.68},
 }
-DOUBTFUL_SOUND = dict.fromkeys("paint ruffle bury fold tie rinse launch rattle".split(), 0.35)
+DOUBTFUL_SOUND = dict.fromkeys("paint ruffle bury fold tie rinse launch rattle".split(), 0.22)
 CAUTION_RATES = dict.fromkeys(VERBS, 0.1) | DOUBTFUL_SOUND | BAD_SOUND
 # how often each utility skill is practised: copying words is learnt last, so it gets most
 SKILL_SHARES = {"find": 0.18, "say": 0.46, "translate": 0.18, "care": 0.18}
