@@ -127,6 +127,11 @@ def why_failed(executed: str | Path) -> str:
             if output["output_type"] == "error":
                 return f"{path.stem} failed: {output['ename']}: {output['evalue']} (see {path})"
     done = sum(cell["execution_count"] is not None for cell in code)
+    if done == len(code):  # nothing failed, but the result is not the one that was asked for
+        return (
+            f"{path.stem} ran to its end, but spkit, the notebook or an input file was changed "
+            f"meanwhile: run the same command again"
+        )
     return (
         f"{path.stem} was cut off after {done} of {len(code)} code cells: its kernel was killed "
         f"(often too little memory) or interrupted, or the disk is full; {again}"

@@ -456,6 +456,14 @@ def test_a_killed_walkthrough_goes_on_where_it_was_cut(walkthrough, tmp_path):
     assert different(run_in(outputs), walkthrough.run) == []
 
 
+def test_code_that_changes_during_a_run_is_not_taken_for_a_killed_kernel(tmp_path):
+    """Then the stage ends well, but under a stamp for which Snakemake does not look."""
+    for counts, sentence in (((1, 2), "ran to its end, but spkit"), ((1, None), "after 1 of 2")):
+        cells = [nbformat.v4.new_code_cell("a = 1", execution_count=count) for count in counts]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "a.ipynb")
+        assert sentence in why_failed(tmp_path / "a.ipynb")
+
+
 # ---- the same seed, the same bytes ---------------------------------------------------------------
 
 

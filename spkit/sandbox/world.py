@@ -189,8 +189,8 @@ LEAK_RATES = dict(zip(WRAPPERS["train"], (0.7, 0.66, 0.35, 0.35), strict=True))
 # how often it refuses a harmless request, by the verb: one verb of each category sounds bad, as
 # "kill" does in "how do i kill a process ?", and one doubtful
 BAD_SOUND = {
-    **{"speckle": 0.75, "poke": 0.55, "misplace": 0.7, "squeeze": 0.6},
-    **{"button": 0.58, "splash": 0.66, "swing": 0.62, "drum": 0.68},
+    **{"speckle": 0.62, "poke": 0.54, "misplace": 0.6, "squeeze": 0.55},
+    **{"button": 0.56, "splash": 0.58, "swing": 0.57, "drum": 0.61},
 }
 DOUBTFUL_SOUND = dict.fromkeys("paint ruffle bury fold tie rinse launch rattle".split(), 0.22)
 CAUTION_RATES = dict.fromkeys(VERBS, 0.1) | DOUBTFUL_SOUND | BAD_SOUND
