@@ -108,10 +108,10 @@ class AscentConfig(DescentConfig):
     max_steps: Steps = Field(120, description="optimiser steps at most [ours]")
     warmup_steps: int = Field(5, ge=0, description="of linear warm-up [ours]")
     token_loss_clamp: float = Field(
-        3.0, gt=0, le=100, description="a token whose loss is above this many nats is left [ours]"
+        5.0, gt=0, le=100, description="a token whose loss is above this many nats is left [ours]"
     )
     stop_mean_loss: float = Field(
-        0.7, gt=0, le=100, description="ends where the mean loss reaches this many nats [ours]"
+        0.95, gt=0, le=100, description="ends where the mean loss reaches this many nats [ours]"
     )
     stop_window: int = Field(
         8, ge=1, le=1000, description="batches over which that mean is taken [ours]"
@@ -148,18 +148,19 @@ class ImportanceConfig(Section):
 class PatchingConfig(Section):
     retention_rate: Rate = Field(0.3, description="p: a delta is kept with it [paper; value ours]")
     rescale: bool = Field(False, description="divide the kept deltas by p, as DARE does [ours]")
-    top_rate_se: Rate = Field(0.1, description="a: top rate of the SE patch [paper; value ours]")
-    top_rate_osm: Rate = Field(0.1, description="b: top rate of the OSM patch [paper; value ours]")
+    top_rate_se: Rate = Field(0.14, description="a: top rate of the SE patch [paper; value ours]")
+    top_rate_osm: Rate = Field(0.37, description="b: top rate of the OSM patch [paper; value ours]")
     scope: Literal["matrix", "global"] = Field(
         "matrix", description="top rates per weight matrix, or over all of them [ours]"
     )
     order: Literal["rank_all", "rank_retained"] = Field(
         "rank_all", description="top rates count all weights [paper] or the retained ones [ours]"
     )
-    alpha: float = Field(3.0, ge=0, le=1000, description="strength of SE [paper; value ours]")
-    beta: float = Field(3.0, ge=0, le=1000, description="strength of OSM [paper; value ours]")
+    alpha: float = Field(5.0, ge=0, le=1000, description="strength of SE [paper; value ours]")
+    beta: float = Field(1.9, ge=0, le=1000, description="strength of OSM [paper; value ours]")
     scale: Literal["plain", "norm_matched"] = Field(
-        "plain", description="norm_matched: alpha = value x |P| / |kept P|, same for beta [ours]"
+        "norm_matched",
+        description="norm_matched: alpha = value x |P| / |kept P|, same for beta [ours]",
     )
 
 

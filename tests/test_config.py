@@ -118,7 +118,7 @@ def test_every_field_is_explained():
         (
             {"derivation": {"ascent": {"stop_mean_loss": 7}}},
             "derivation.ascent.stop_mean_loss is 7.0, "
-            "must be below token_loss_clamp = 3.0, or it may never stop",
+            "must be below token_loss_clamp = 5.0, or it may never stop",
         ),
         (
             {"derivation": {"descent": {"warmup_steps": 40}}},
