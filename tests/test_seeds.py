@@ -1,4 +1,4 @@
-"""Means over seeds, paired differences and intervals by hand; the shipped backbone and its maker."""
+"""Means over seeds, paired differences, intervals by hand; the shipped backbone and its maker."""
 
 import math
 from pathlib import Path
