@@ -1,7 +1,7 @@
 """Choose the sandbox's patching setting on the dev pool, for the backbone of seed 0.
 
     .venv/bin/python -m pip install -c constraints.txt -e '.[tune]'
-    .venv/bin/python benchmarks/choose_setting.py             about 6 minutes on 2 cores
+    .venv/bin/python benchmarks/choose_setting.py             about 5 minutes on 2 cores
 
 Optuna proposes (p, a, b, alpha, beta) with norm-matched strengths; every proposal is judged on dev
 prompts alone: by the paper's metrics, to which the share of broken text is added as a cost of its
@@ -110,7 +110,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--params", default="params/sandbox.yaml")
-    parser.add_argument("--trials", type=int, default=200)
+    parser.add_argument("--trials", type=int, default=150)
     parser.add_argument("--per-cell", type=int, default=120, help="dev prompts of each group")
     parser.add_argument("--folder", default="outputs/choose-setting", type=Path)
     parser.add_argument("--score", choices=["paper", "strict"], default="paper")
