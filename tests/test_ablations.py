@@ -30,7 +30,7 @@ SEED = 5
 
 def config(**changes):
     values = dict(retention_rate=0.6, top_rate_se=0.5, top_rate_osm=0.4, alpha=3.0, beta=2.0)
-    return PatchingConfig(**values | changes)
+    return PatchingConfig(**{"scale": "plain"} | values | changes)
 
 
 def factors(seed):

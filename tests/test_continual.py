@@ -35,6 +35,9 @@ CHANGES = {
     "derivation.descent.learning_rate": 0.02,
     "derivation.ascent.token_loss_clamp": 20.0,  # its losses are high: no clamp, no early stop
     "derivation.ascent.stop_mean_loss": 15.0,
+    "patching.scale": "plain",
+    "patching.top_rate_se": 0.1,
+    "patching.top_rate_osm": 0.1,
     "patching.alpha": 30.0,
     "patching.beta": 20.0,
     "evaluation.prompts_per_cell": 4,
