@@ -22,10 +22,9 @@ from spkit.ablations import SAFEPATCHING, Variants
 from spkit.backbone import load, patched
 from spkit.config import load_params
 from spkit.data import judge_for, load_eval_prompts, load_harmful_pairs, prepare_backbone
-from spkit.derivation import derive
 from spkit.evaluation import evaluate
 from spkit.notebook import make_deterministic
-from spkit.scoring import score_patch
+from spkit.scoring import derive_and_score
 
 MASKS = (0, 1, 2)
 FINALISTS = 8
@@ -46,24 +45,16 @@ class Candidate:
         loading = config.backbone.loading
         quantized, tokenizer = load(source, quantization=config.derivation.quantization, **loading)
         pairs = load_harmful_pairs(config.data, seed=seed)
-        self.parts = []
-        for direction in ("ascent", "descent"):
-            patch, _ = derive(
-                quantized, tokenizer, pairs,
-                direction=direction, config=config.derivation, seed=seed,
-            )  # fmt: skip
-            scores = score_patch(quantized, tokenizer, patch, pairs, config.importance, seed=seed)
-            self.parts.append((patch, scores))
+        self.patches, self.scores = derive_and_score(quantized, tokenizer, pairs, config, seed=seed)
         self.model, self.tokenizer = load(source, **loading)
         self.base = {}
 
     def failures(self, setting: dict, mask: int, per_cell: int | None) -> dict[str, float]:
         """Failure rates in percent of one setting ({}: of base), and the share of broken text."""
-        patching = self.config.patching.model_copy(update=setting)
-        (se, scores_se), (osm, scores_osm) = self.parts
         deltas = {}
         if setting:
-            deltas = Variants(se, osm, scores_se, scores_osm, patching, mask).deltas(SAFEPATCHING)
+            patching = self.config.patching.model_copy(update=setting)
+            deltas = Variants(*self.patches, *self.scores, patching, mask).deltas(SAFEPATCHING)
         at_most = self.config.evaluation.model_copy(update={"prompts_per_cell": per_cell})
         prompts = load_eval_prompts(self.config.data, at_most)
         with patched(self.model, deltas):
@@ -134,7 +125,6 @@ def main() -> None:
         setting = {k: float(f"{v:.2g}") for k, v in setting.items()}
         trial.set_user_attr("setting", setting)
         costs = [c.cost(setting, c.config.seed, options.per_cell) for c in candidates]
-        trial.set_user_attr("costs", costs)
         return overall(costs)
 
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0, multivariate=True))

@@ -8,7 +8,6 @@ What it does not do: train (derivation.py), score (importance.py), choose weight
 or render chats (chat.py). It runs no code from a checkpoint and reads no pickle.
 """
 
-import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -46,8 +45,6 @@ def load(
     source = _check_source(source)
     options = {"dtype": DTYPES[dtype], "device_map": {"": place}}
     if quantization == "nf4":
-        # on import it warns about a kernel for the very path that guard_nf4 closes
-        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",

@@ -27,7 +27,7 @@ from spkit.derivation import derive
 from spkit.evaluation import COLUMNS, evaluate, rates
 from spkit.examples import EvalPrompt
 from spkit.files import atomic
-from spkit.scoring import score_patch
+from spkit.scoring import derive_and_score
 
 STAGE_SEEDS = 1000  # seed * 1000 + stage: another draw for each stage, none used twice
 
@@ -35,13 +35,7 @@ STAGE_SEEDS = 1000  # seed * 1000 + stage: another draw for each stage, none use
 def safepatching(source: str | Path, pairs: list, config: Config, seed: int) -> dict:
     """The merged delta of every weight matrix: both patches, scored and thinned."""
     model, tokenizer = _quantized(source, config)
-    patches, scores = [], []
-    for direction in ("ascent", "descent"):
-        patch, _ = derive(
-            model, tokenizer, pairs, direction=direction, config=config.derivation, seed=seed
-        )
-        patches.append(patch)
-        scores.append(score_patch(model, tokenizer, patch, pairs, config.importance, seed=seed))
+    patches, scores = derive_and_score(model, tokenizer, pairs, config, seed=seed)
     return Variants(*patches, *scores, config.patching, seed).deltas(SAFEPATCHING)
 
 

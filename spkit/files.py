@@ -57,6 +57,13 @@ def atomic(path: str | Path) -> Iterator[Path]:
             _remove(temporary)
 
 
+def save_csv(path: str | Path, frame) -> Path:
+    """A pandas data frame as CSV without its index, the same bytes for the same values."""
+    with atomic(path) as temporary:
+        frame.to_csv(temporary, index=False, lineterminator="\n", encoding="utf-8")
+    return Path(path)
+
+
 def make_folder(path: str | Path) -> Path:
     """Create the folder with its parents; clear temporary files that a killed run left in it."""
     path = Path(path)

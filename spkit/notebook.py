@@ -9,7 +9,6 @@ This file computes nothing.
 """
 
 import json
-import logging
 import os
 import random
 import sys
@@ -36,7 +35,8 @@ def start(stage: str, namespace: Mapping[str, Any]) -> tuple[Config, Run]:
     means the same wherever the notebook was started. Raises SpkitError, shown as one sentence.
     """
     _errors_in_one_sentence()
-    _quiet_libraries()
+    # no news to a reader, and it would show paths of the machine in an executed notebook
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     os.chdir(repository_root())
     _check_names(namespace)
     values = {key: namespace[key] for key in Config.model_fields if key in namespace}
@@ -95,13 +95,6 @@ def _check_names(namespace: Mapping[str, Any]) -> None:
         raise SpkitError(
             f"unknown parameter {name} (value {namespace[name]!r}){nearest(name, KEYS)}"
         )
-
-
-def _quiet_libraries() -> None:
-    """Hush what is no news to a reader and shows paths of the machine in an executed notebook."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # speaks as soon as it is imported
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def _errors_in_one_sentence() -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from spkit.config import Config
 from spkit.errors import SpkitError
-from spkit.files import atomic, make_folder
+from spkit.files import atomic, make_folder, save_csv
 from spkit.machine import git_state, hardware, peak_memory_mib, versions
 
 PACKAGE = Path(__file__).parent
@@ -242,9 +242,7 @@ class Run:
 
     def save_frame(self, name: str, frame) -> Path:
         """A pandas data frame as CSV, the same bytes for the same values."""
-        with self.write(name) as path:
-            frame.to_csv(path, index=False, lineterminator="\n", encoding="utf-8")
-        return self.folder / name
+        return save_csv(self.folder / name, frame)
 
     def save_json(self, name: str, value: Any) -> Path:
         """A value as indented JSON."""

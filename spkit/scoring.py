@@ -1,4 +1,4 @@
-"""The importance of one patch: calibration pairs from D_h, the right model, one pass of SNIP.
+"""The importance of a patch: calibration pairs from D_h, the right model, one pass of SNIP.
 
 This is the glue between derivation.py and importance.py: which pairs are used, and whether a patch
 is scored on its own model (theta + P) or on the backbone. What it does not do: compute a score.
@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from spkit.chat import collate, encode_pair
-from spkit.config import ImportanceConfig
+from spkit.config import Config, ImportanceConfig
 from spkit.data import sample
-from spkit.derivation import Patch, attach
+from spkit.derivation import NAMES, Patch, attach, derive
 from spkit.examples import HarmfulPair
 from spkit.importance import snip
 
@@ -48,3 +48,20 @@ def score_patch(
         finally:
             wrapped.unload()
     return {name: score.cpu() for name, score in scores.items()}
+
+
+def derive_and_score(
+    model, tokenizer, pairs: Sequence[HarmfulPair], config: Config, *, seed: int
+) -> tuple[list[Patch], list[dict[str, Tensor]]]:
+    """([SE, OSM], [I_SE, I_OSM]) of one D_h, each patch scored as soon as it is derived.
+
+    model: the bare backbone as the derivation wants it; it comes back bare.
+    """
+    patches, scores = [], []
+    for direction in NAMES:
+        patch, _ = derive(
+            model, tokenizer, pairs, direction=direction, config=config.derivation, seed=seed
+        )
+        patches.append(patch)
+        scores.append(score_patch(model, tokenizer, patch, pairs, config.importance, seed=seed))
+    return patches, scores

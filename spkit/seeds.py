@@ -16,7 +16,7 @@ from tabulate import tabulate
 from spkit.config import load_params
 from spkit.errors import SpkitError
 from spkit.evaluation import headline
-from spkit.files import atomic
+from spkit.files import save_csv
 from spkit.runs import run_folder
 from spkit.summary import collect
 
@@ -83,11 +83,8 @@ def write(params: str, seeds: list[int], run_name: str | None = None) -> tuple[P
     folder = run_folder(load_params(params, named)).parent
     figures = per_seed(params, seeds, run_name)
     table = over_seeds(figures)
-    with atomic(folder / "per_seed.csv") as temporary:
-        figures.reset_index().to_csv(temporary, index=False, lineterminator="\n")
-    with atomic(folder / "seeds.csv") as temporary:
-        table.to_csv(temporary, index=False, lineterminator="\n")
-    return folder / "seeds.csv", table
+    save_csv(folder / "per_seed.csv", figures.reset_index())
+    return save_csv(folder / "seeds.csv", table), table
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -14,7 +14,7 @@ from tabulate import tabulate
 from spkit.config import Config, load_params
 from spkit.errors import SpkitError
 from spkit.evaluation import COLUMNS, headline
-from spkit.files import atomic
+from spkit.files import save_csv
 from spkit.runs import STAGES, read_record, run_folder, stage_folder
 
 
@@ -38,9 +38,7 @@ def collect(config: Config) -> pd.DataFrame:
 def write(config: Config) -> tuple[Path, pd.DataFrame]:
     """Write outputs/<run_name>/seed-<seed>/results.csv, its numbers as the stages wrote them."""
     frame, path = collect(config), run_folder(config) / "results.csv"
-    with atomic(path) as temporary:
-        frame.to_csv(temporary, index=False, lineterminator="\n")
-    return path, frame
+    return save_csv(path, frame), frame
 
 
 def short_table(frame: pd.DataFrame) -> str:
