@@ -14,17 +14,26 @@ and differs from SafePatching in the kept sets, in the strengths, or in both:
     SafePatching                    retained and S_SE \\ S_OSM       by its own kept set
 
 and the same for OSM, with S_SE and S_OSM exchanged. Two rows for "without retention", because
-without the mask 1/p times as many weights move: at equal α that alone changes the result.
+without the mask 1/p times as many weights move: at equal α that alone changes the result. Iterating
+gives these seven; the comparison (spkit/experiment) asks for five more by name:
+
+    no subtraction                  retained and S_SE               by its own kept set
+    random sets                     as many weights, at random      by its own kept set
+    rescaled by 1/p                 SafePatching's                  α/p, and not norm-matched
+    global top rate                 S_SE over all matrices at once  by its own kept set
+    ranked after retention          a % of the retained weights     by its own kept set
 
 What this file does not do: derive, score, touch a model, or evaluate. The equations themselves are
 in patching.py.
 """
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -50,6 +59,19 @@ NO_RETENTION = "without retention (same α)"
 NO_RETENTION_SCALED = "without retention (α·p)"
 SAFEPATCHING = "SafePatching"
 VARIANTS = (*WHOLE, "intersection", NO_RETENTION, NO_RETENTION_SCALED, SAFEPATCHING)
+NO_SUBTRACTION, RANDOM_SETS = "no subtraction", "random sets"
+# SafePatching with another value of one parameter
+CHANGED = {
+    "rescaled by 1/p": {"scale": "plain", "rescale": True},
+    "global top rate": {"scope": "global"},
+    "ranked after retention": {"order": "rank_retained"},
+}
+# every name -> whether it depends on the mask seed
+ABLATIONS = {
+    **dict.fromkeys(WHOLE, False),
+    **{"intersection": True, NO_RETENTION: True, NO_RETENTION_SCALED: True, SAFEPATCHING: True},
+    **dict.fromkeys((NO_SUBTRACTION, RANDOM_SETS, *CHANGED), True),
+}
 
 
 @dataclass(frozen=True)
@@ -125,6 +147,19 @@ class Variants:
         if variant in WHOLE:
             return tuple(self._all(strength > 0) for strength in WHOLE[variant])
         _require_known(variant)
+        if variant in CHANGED:
+            return self._changed(variant).kept(SAFEPATCHING)
+        if variant == RANDOM_SETS:
+            kept = self.kept(SAFEPATCHING)
+            return tuple(
+                {n: random_set(k, seed=self.seed, patch=patch.name, tensor=n) for n, k in s.items()}
+                for patch, s in zip((self.se, self.osm), kept, strict=True)
+            )
+        if variant == NO_SUBTRACTION:
+            return tuple(
+                {name: mask & top[name] for name, mask in masks.items()}
+                for masks, top in zip(self.retained, self.important(), strict=True)
+            )
         if variant == "intersection":
             top_se, top_osm = self.important()
             both = {name: intersection_set(top_se[name], top_osm[name]) for name in top_se}
@@ -141,6 +176,9 @@ class Variants:
             order=self.config.order,
             scope=self.config.scope,
         )
+
+    def _changed(self, variant: str) -> "Variants":
+        return replace(self, config=self.config.model_copy(update=CHANGED[variant]))
 
     def _all(self, value: bool) -> Sets:
         return {
@@ -164,6 +202,8 @@ class Variants:
             alpha, beta = self.strengths(SAFEPATCHING)
             return alpha * share, beta * share
         _require_known(variant)
+        if variant in CHANGED:
+            return self._changed(variant).strengths(SAFEPATCHING, kept)
         values = (self.config.alpha, self.config.beta)
         if self.config.scale == "norm_matched":
             kept = kept or self.kept(variant)
@@ -192,6 +232,18 @@ class Variants:
             )
             for name in keep_se
         }
+
+
+def random_set(like: Tensor, *, seed: int, patch: str, tensor: str) -> Tensor:
+    """As many positions of the matrix as `like` holds, drawn at random: bool of its shape.
+
+    A pure function of its arguments, as the retention mask is.
+    """
+    key = hashlib.sha256(f"random set|{seed}|{patch}|{tensor}".encode()).digest()
+    draws = np.random.Generator(np.random.Philox(key=int.from_bytes(key[:16], "little")))
+    chosen = torch.zeros(like.numel(), dtype=torch.bool)
+    chosen[draws.permutation(like.numel())[: int(like.sum())]] = True
+    return chosen.reshape(like.shape)
 
 
 def kept_norm(patch: Patch, keep: Sets) -> float:
@@ -257,5 +309,5 @@ def _shape(matrix: Tensor | tuple[Tensor, Tensor]) -> list[int]:
 
 
 def _require_known(variant: str) -> None:
-    if variant not in VARIANTS:
-        raise SpkitError(f"unknown variant {variant!r}, allowed: {', '.join(VARIANTS)}")
+    if variant not in ABLATIONS:
+        raise SpkitError(f"unknown variant {variant!r}, allowed: {', '.join(ABLATIONS)}")

@@ -49,8 +49,8 @@ class SandboxConfig(Section):
     layers: int = Field(4, ge=1, le=64, description="number of decoder layers [ours]")
     heads: int = Field(6, ge=1, le=64, description="attention heads; must divide the width [ours]")
     intermediate_size: int = Field(512, ge=8, le=16384, description="width of the MLP [ours]")
-    pretrain_steps: Steps = Field(480, description="steps of learning to answer everything [ours]")
-    align_steps: Steps = Field(300, description="steps of learning to refuse [ours]")
+    pretrain_steps: Steps = Field(640, description="steps of learning to answer everything [ours]")
+    align_steps: Steps = Field(400, description="steps of learning to refuse [ours]")
     batch_size: int = Field(64, ge=1, le=4096, description="sequences a step [ours]")
     learning_rate: float = Field(2e-3, gt=0, le=1, description="peak, pretraining [ours]")
     align_learning_rate: float = Field(5e-4, gt=0, le=1, description="peak, alignment [ours]")
@@ -180,8 +180,16 @@ class ContinualConfig(Section):
         min_length=1,
         description="harmful categories, stage after stage [paper: three stages; choice ours]",
     )
-    methods: list[Literal["safepatching", "ga"]] = Field(
+    methods: list[Literal["safepatching", "ga", "npo", "task_arithmetic", "joint"]] = Field(
         ["safepatching", "ga"], min_length=1, description="what runs side by side [ours]"
+    )
+    settings: dict[Name, dict[Name, float]] = Field(
+        {
+            "ga": {"strength": 1.0},
+            "npo": {"strength": 1.0},
+            "task_arithmetic": {"alpha": 1.0, "beta": 1.0},
+        },
+        description="strengths of the methods; SafePatching's are in patching [ours]",
     )
 
     @model_validator(mode="after")
@@ -195,6 +203,21 @@ class ContinualConfig(Section):
                     raise Wrong("stages", self.stages, rule)
                 seen[category] = number
         return self
+
+
+class NpoConfig(DescentConfig):
+    """Negative preference optimisation on D_h: the patch of the baseline NPO."""
+
+    learning_rate: float = Field(1e-4, gt=0, le=1, description="of AdamW [ours]")
+    max_steps: Steps = Field(60, description="optimiser steps [ours]")
+    warmup_steps: int = Field(5, ge=0, description="of linear warm-up [ours]")
+    beta: float = Field(0.1, gt=0, le=100, description="of NPO's loss; its paper's value [ours]")
+
+
+class BaselinesConfig(Section):
+    """What the baselines need of their own; everything else they share with SafePatching."""
+
+    npo: NpoConfig = Field(default_factory=NpoConfig, description="derives the NPO patch")
 
 
 class Config(Section):
@@ -219,6 +242,7 @@ class Config(Section):
     patching: PatchingConfig = Field(default_factory=PatchingConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     continual: ContinualConfig = Field(default_factory=ContinualConfig)
+    baselines: BaselinesConfig = Field(default_factory=BaselinesConfig)
 
     @model_validator(mode="after")
     def _continual_categories_are_kept(self):

@@ -2,10 +2,13 @@
 
 Stage k starts from the model that stage k-1 left, derives, scores and patches on its own D_h alone
 [paper], and then answers *all* evaluation prompts, so that forgetting is visible: of the categories
-patched before, of harmless requests, and of utility. Two methods run side by side:
+patched before, of harmless requests, and of utility. Methods run side by side:
 
-    safepatching    theta_k = theta_{k-1} + alpha * P_SE + beta * P_OSM on the kept sets
-    ga              theta_k = theta_{k-1} + P_SE: gradient ascent alone
+    safepatching     theta_k = theta_{k-1} + alpha * P_SE + beta * P_OSM on the kept sets
+    ga, npo          theta_k = theta_{k-1} + strength * P: gradient ascent, or NPO, alone
+    task_arithmetic  theta_k = theta_{k-1} + alpha * P_SE + beta * P_OSM, every weight
+    joint            SafePatching of the first model on the pairs of all stages so far: no method
+                     of continual learning, but the reference for what one could have learnt
 
 A stage's folder appears whole or not at all, so an interrupted run goes on at the stage that was
 cut. Of the models only the last one is kept. The OSM patch never leaves the memory.
@@ -18,37 +21,48 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
+from torch import Tensor
 
 from spkit.ablations import SAFEPATCHING, Variants
 from spkit.backbone import load, patched
+from spkit.baselines import METHODS as BASELINES
+from spkit.baselines.bundle import make_bundle
 from spkit.config import Config
 from spkit.data import load_harmful_pairs
-from spkit.derivation import derive
 from spkit.evaluation import COLUMNS, evaluate, rates
 from spkit.examples import EvalPrompt
 from spkit.files import atomic
-from spkit.scoring import derive_and_score
 
 STAGE_SEEDS = 1000  # seed * 1000 + stage: another draw for each stage, none used twice
 
 
-def safepatching(source: str | Path, pairs: list, config: Config, seed: int) -> dict:
-    """The merged delta of every weight matrix: both patches, scored and thinned."""
-    model, tokenizer = _quantized(source, config)
-    patches, scores = derive_and_score(model, tokenizer, pairs, config, seed=seed)
-    return Variants(*patches, *scores, config.patching, seed).deltas(SAFEPATCHING)
+# method -> (its label, the entry of baselines.METHODS)
+METHODS = {
+    "safepatching": (SAFEPATCHING, SAFEPATCHING),
+    "ga": ("GA", "GA"),
+    "npo": ("NPO", "NPO"),
+    "task_arithmetic": ("Task Arithmetic", "Task Arithmetic"),
+    "joint": ("joint training", SAFEPATCHING),
+}
 
 
-def gradient_ascent(source: str | Path, pairs: list, config: Config, seed: int) -> dict:
-    """The whole SE patch, at strength 1."""
-    model, tokenizer = _quantized(source, config)
-    patch, _ = derive(
-        model, tokenizer, pairs, direction="ascent", config=config.derivation, seed=seed
+def stage_deltas(
+    source: str | Path, pairs: list, config: Config, method: str, seed: int
+) -> dict[str, Tensor]:
+    """The merged delta of every weight matrix: what `method` makes of one stage's pairs.
+
+    SafePatching has its setting from `patching`, the others from `continual.settings`.
+    """
+    model, tokenizer = load(
+        source, quantization=config.derivation.quantization, **config.backbone.loading
     )
-    return {name: patch.delta(name) for name in patch.factors}
-
-
-METHODS = {"safepatching": (SAFEPATCHING, safepatching), "ga": ("GA", gradient_ascent)}
+    _, name = METHODS[method]
+    bundle = make_bundle(model, tokenizer, pairs, config, seed=seed, needs=BASELINES[name].needs)
+    if name == SAFEPATCHING:
+        patches = (bundle.patches["se"], bundle.patches["osm"])
+        scores = (bundle.scores["se"], bundle.scores["osm"])
+        return Variants(*patches, *scores, config.patching, seed).deltas(SAFEPATCHING)
+    return BASELINES[name].deltas(bundle, config.continual.settings.get(method, {}), seed)
 
 
 def run_stages(
@@ -73,7 +87,8 @@ def run_stages(
         for k, categories in enumerate(stages, start=1):
             here = folders[k - 1]
             if k > done:
-                start = folders[k - 2] / "model" if k > 1 else source
+                from_base = k == 1 or method == "joint"
+                start = source if from_base else folders[k - 2] / "model"
                 print(f"{METHODS[method][0]}, stage {k} of {len(stages)}: {', '.join(categories)}")
                 with atomic(here) as made:
                     _stage(method, k, start, made, config, prompts, judge, identity)
@@ -106,10 +121,11 @@ def stage_seed(seed: int, stage: int) -> int:
 
 def _stage(method, k, source, folder, config, prompts, judge, identity) -> None:
     """One stage of one method: from the model at `source` to model, responses and stage.json."""
-    label, deltas_of = METHODS[method]
-    categories = config.continual.stages[k - 1]
+    stages = config.continual.stages
+    learnt = stages[:k] if method == "joint" else stages[k - 1 : k]
+    categories = [category for stage in learnt for category in stage]
     pairs = load_harmful_pairs(config.data, seed=config.seed, categories=categories)
-    deltas = deltas_of(source, pairs, config, stage_seed(config.seed, k))
+    deltas = stage_deltas(source, pairs, config, method, stage_seed(config.seed, k))
     model, tokenizer = load(source, **config.backbone.loading)
     folder.mkdir()
     with patched(model, deltas):
@@ -120,7 +136,7 @@ def _stage(method, k, source, folder, config, prompts, judge, identity) -> None:
             tokenizer,
             prompts,
             judge,
-            name=label,
+            name=METHODS[method][0],
             max_new_tokens=config.evaluation.max_new_tokens,
             batch_size=config.evaluation.batch_size,
         )
@@ -140,8 +156,3 @@ def _complete(folders: list[Path], identity: str) -> int:
     while done and not (folders[done - 1] / "model").is_dir():
         done -= 1
     return done
-
-
-def _quantized(source: str | Path, config: Config):
-    """The backbone as the derivation wants it: NF4, or in full precision with quantization none."""
-    return load(source, quantization=config.derivation.quantization, **config.backbone.loading)

@@ -14,6 +14,7 @@ evaluation.
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -36,16 +37,16 @@ from spkit.files import atomic
 
 PATCH_FORMAT = 1
 NAMES = {"ascent": "se", "descent": "osm"}
-_ADVICE = "lower derivation's learning_rate or max_grad_norm, or check the backbone's dtype."
+_ADVICE = "lower its learning_rate or max_grad_norm, or check the backbone's dtype."
 
 
 @dataclass
 class Patch:
     """The LoRA factors of one derivation.
 
-    name: "se" (ascent) or "osm" (descent). factors: {tensor name: (A [r, in], B [out, r])}, fp32.
-    scaling: lora_alpha / r. manifest: how it was made (direction, steps, seed, fingerprint of
-    D_h, ...).
+    name: "se" (ascent), "osm" (descent), or a baseline's ("npo"). factors: {tensor name:
+    (A [r, in], B [out, r])}, fp32. scaling: lora_alpha / r. manifest: how it was made (direction,
+    steps, seed, fingerprint of D_h, ...).
     The OSM patch alone is a jailbreak: it stays in memory or in the run folder.
     """
 
@@ -136,11 +137,59 @@ def derive(model, tokenizer, pairs: list[HarmfulPair], *, direction: str, config
     stop). Raises SpkitError for an empty D_h, and for a loss or gradient that is no number, naming
     the step.
     """
-    if not pairs:
-        raise SpkitError("D_h is empty; deriving a patch needs at least one harmful pair.")
     if direction not in NAMES:
         raise SpkitError(f"direction is {direction!r}; allowed are {', '.join(NAMES)}.")
-    name, settings = NAMES[direction], getattr(config, direction)
+    settings = getattr(config, direction)
+
+    def objective(losses, mask, indices):
+        if direction == "ascent":
+            return ascent_loss(losses, mask, settings.token_loss_clamp)
+        return descent_loss(losses, mask)
+
+    def ceiling_reached(means):
+        # divided by the whole window: fewer batches than that seldom reach the ceiling
+        recent = sum(means[-settings.stop_window :]) / settings.stop_window
+        return recent >= settings.stop_mean_loss
+
+    return train_lora(
+        model,
+        tokenizer,
+        pairs,
+        objective,
+        name=NAMES[direction],
+        direction=direction,
+        settings=settings,
+        config=config,
+        seed=seed,
+        # of several batches: one alone is too noisy to stop by
+        stop=ceiling_reached if direction == "ascent" else None,
+    )
+
+
+def train_lora(
+    model,
+    tokenizer,
+    pairs: list[HarmfulPair],
+    objective: Callable[[torch.Tensor, torch.Tensor, list[int]], torch.Tensor],
+    *,
+    name: str,
+    direction: str,
+    settings,
+    config,
+    seed: int,
+    stop: Callable[[list[float]], bool] | None = None,
+):
+    """The loop of `derive` for any objective: (Patch, loss curve), the model given back bare.
+
+    objective(losses, mask, indices): the scalar to minimise; losses fp32 and mask bool [B, T] as
+    answer_loss gives them, indices: which of `pairs` the B rows are. stop(means): called before
+    each step with the mean loss of every batch so far; True ends the training.
+    name: the patch's. direction: its manifest's, and what progress and errors call it. settings:
+    learning_rate, max_steps, batch_size, warmup_steps, max_grad_norm. config: the `derivation`
+    parameters, of which lora and quantization count here. Errors as in `derive`.
+    """
+    if not pairs:
+        raise SpkitError("D_h is empty; deriving a patch needs at least one harmful pair.")
     encoded = [encode_pair(tokenizer, p.prompt, p.response) for p in pairs]
     device = model.get_input_embeddings().weight.device
     was_training = model.training
@@ -149,7 +198,7 @@ def derive(model, tokenizer, pairs: list[HarmfulPair], *, direction: str, config
     weights = [p for p in wrapped.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=0.0)
     schedule = get_constant_schedule_with_warmup(optimizer, settings.warmup_steps)
-    rows, stop = [], "step limit"
+    rows, reason = [], "step limit"
     try:
         with tqdm(total=settings.max_steps, desc=direction, unit="step") as progress:
             for step, indices in enumerate(_endless(encoded, settings.batch_size, seed)):
@@ -162,15 +211,12 @@ def derive(model, tokenizer, pairs: list[HarmfulPair], *, direction: str, config
                     raise SpkitError(f"The {direction} loss is {mean} at step {step}; {_ADVICE}")
                 row = {"patch": name, "step": step, "loss": mean, "grad_norm": 0.0, "stop": ""}
                 rows.append(row)
-                if direction == "ascent" and _recent(rows, settings) >= settings.stop_mean_loss:
-                    stop = "mean loss reached"  # measured before the step, so the last step is kept
+                if stop is not None and stop([row["loss"] for row in rows]):
+                    reason = "mean loss reached"  # measured before the step: the last step is kept
                     break
                 if step == settings.max_steps:
                     break
-                if direction == "ascent":
-                    loss = ascent_loss(losses, mask, settings.token_loss_clamp)
-                else:
-                    loss = descent_loss(losses, mask)
+                loss = objective(losses, mask, indices)
                 optimizer.zero_grad()
                 loss.backward()
                 norm = torch.nn.utils.clip_grad_norm_(weights, settings.max_grad_norm).item()
@@ -182,14 +228,14 @@ def derive(model, tokenizer, pairs: list[HarmfulPair], *, direction: str, config
                 schedule.step()
                 progress.update()
                 progress.set_postfix(loss=f"{mean:.3f}", refresh=False)
-        rows[-1]["stop"] = stop
+        rows[-1]["stop"] = reason
         factors = _factors(wrapped, config.lora.targets)
     finally:
         wrapped.unload().train(was_training)
     manifest = {
         "direction": direction,
         "steps": rows[-1]["step"],
-        "stop": stop,
+        "stop": reason,
         "seed": seed,
         "pairs": len(pairs),
         "data_fingerprint": fingerprint(pairs),
@@ -199,13 +245,6 @@ def derive(model, tokenizer, pairs: list[HarmfulPair], *, direction: str, config
     }
     patch = Patch(name, factors, config.lora.alpha / config.lora.r, manifest)
     return patch, pd.DataFrame(rows)
-
-
-def _recent(rows: list[dict], settings) -> float:
-    """The mean loss of the last `stop_window` batches: one batch alone is too noisy to stop by."""
-    last = [row["loss"] for row in rows[-settings.stop_window :]]
-    # divided by the whole window: fewer batches than that seldom reach the ceiling
-    return sum(last) / settings.stop_window
 
 
 def attach(model, patch: Patch):

@@ -1,0 +1,83 @@
+"""Bundles: derived and scored once per seed, then shared by all methods; written and read whole.
+
+    <folder>/patch-<name>.safetensors         derivation.Patch.save
+    <folder>/importance-<name>.safetensors    importance.save
+
+The folder holds the OSM patch, which alone is a jailbreak: it belongs into the run folder, and
+is never published. What this file does not do: combine anything (the methods do), or decide
+whether a bundle that lies on the disk is still up to date.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from spkit import importance
+from spkit.baselines.method import Bundle
+from spkit.baselines.npo import derive_npo
+from spkit.config import Config, PatchingConfig
+from spkit.derivation import NAMES, Patch, derive
+from spkit.errors import SpkitError
+from spkit.examples import HarmfulPair
+from spkit.files import atomic
+from spkit.scoring import score_patch
+
+PATCHES = (*NAMES.values(), "npo")
+
+
+def make_bundle(
+    model,
+    tokenizer,
+    pairs: list[HarmfulPair],
+    config: Config,
+    *,
+    seed: int,
+    needs: Iterable[str] = ("se", "osm"),
+) -> Bundle:
+    """Derive the patches that `needs` names, and score those of SafePatching.
+
+    model: the bare backbone as the derivation wants it; it comes back bare. Every patch depends on
+    its own name and the seed alone, and not on what else is needed. SpkitError for an unknown name,
+    and as in derivation.derive.
+    """
+    wanted = set(needs)
+    for name in sorted(wanted - set(PATCHES)):
+        raise SpkitError(f"There is no patch {name!r}; allowed are {', '.join(PATCHES)}.")
+    patches, scores = {}, {}
+    for direction, name in NAMES.items():
+        if name in wanted:
+            patches[name], _ = derive(
+                model, tokenizer, pairs, direction=direction, config=config.derivation, seed=seed
+            )
+            scores[name] = score_patch(
+                model, tokenizer, patches[name], pairs, config.importance, seed=seed
+            )
+    if "npo" in wanted:
+        patches["npo"], _ = derive_npo(model, tokenizer, pairs, config, seed)
+    return Bundle(patches, scores, config.patching)
+
+
+def save_bundle(bundle: Bundle, folder: str | Path) -> None:
+    """Write patches and importances to `folder`, which appears whole or not at all.
+
+    A bundle that lay there before is replaced. The parameters (`bundle.patching`) are not written.
+    """
+    with atomic(folder) as temporary:
+        temporary.mkdir()
+        for name, patch in bundle.patches.items():
+            patch.save(temporary / f"patch-{name}.safetensors")
+        for name, scores in bundle.scores.items():
+            importance.save(scores, temporary / f"importance-{name}.safetensors")
+
+
+def load_bundle(folder: str | Path, patching: PatchingConfig) -> Bundle:
+    """Read what `save_bundle` wrote; SpkitError where there is none, or a file is unreadable."""
+
+    def files(kind: str) -> dict[str, Path]:
+        paths = {name: Path(folder) / f"{kind}-{name}.safetensors" for name in PATCHES}
+        return {name: path for name, path in paths.items() if path.is_file()}
+
+    patches = {name: Patch.load(path) for name, path in files("patch").items()}
+    if not patches:
+        raise SpkitError(f"There is no bundle of patches in {str(folder)!r}.")
+    scores = {name: importance.load(path) for name, path in files("importance").items()}
+    return Bundle(patches, scores, patching)

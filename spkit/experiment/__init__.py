@@ -1,0 +1,1 @@
+"""The experiment of notebook 05: seeds, equally tuned methods, ablations, sweeps, statistics."""
