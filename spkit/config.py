@@ -18,6 +18,7 @@ from spkit.validation import Section, Wrong, checked, read_yaml, with_overrides
 Dtype = Literal["float32", "bfloat16", "float16"]
 Name = Annotated[str, Field(min_length=1)]
 Steps = Annotated[int, Field(ge=1, le=1_000_000)]
+ContinualMethod = Literal["safepatching", "balanced", "ga", "npo", "task_arithmetic", "joint"]
 Rate = Annotated[float, Field(gt=0, le=1)]  # a share of weights; 0 would keep nothing at all
 
 
@@ -86,8 +87,8 @@ class LoraConfig(Section):
 class DescentConfig(Section):
     """Gradient descent on D_h: the over-safety mitigation (OSM) patch."""
 
-    learning_rate: float = Field(3e-4, gt=0, le=1, description="of AdamW [ours]")
-    max_steps: Steps = Field(40, description="optimiser steps [ours]")
+    learning_rate: float = Field(1e-3, gt=0, le=1, description="of AdamW [ours]")
+    max_steps: Steps = Field(60, description="optimiser steps [ours]")
     batch_size: int = Field(24, ge=1, le=4096, description="pairs a step [ours]")
     warmup_steps: int = Field(3, ge=0, description="of linear warm-up [ours]")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm [ours]")
@@ -105,13 +106,13 @@ class AscentConfig(DescentConfig):
     """Gradient ascent on D_h: the safety enhancement (SE) patch, held by a clamp and a stop."""
 
     learning_rate: float = Field(1e-4, gt=0, le=1, description="of AdamW [ours]")
-    max_steps: Steps = Field(120, description="optimiser steps at most [ours]")
+    max_steps: Steps = Field(200, description="optimiser steps at most [ours]")
     warmup_steps: int = Field(5, ge=0, description="of linear warm-up [ours]")
     token_loss_clamp: float = Field(
-        5.0, gt=0, le=100, description="a token whose loss is above this many nats is left [ours]"
+        10.0, gt=0, le=100, description="a token whose loss is above this many nats is left [ours]"
     )
     stop_mean_loss: float = Field(
-        0.95, gt=0, le=100, description="ends where the mean loss reaches this many nats [ours]"
+        1.5, gt=0, le=100, description="ends where the mean loss reaches this many nats [ours]"
     )
     stop_window: int = Field(
         8, ge=1, le=1000, description="batches over which that mean is taken [ours]"
@@ -180,7 +181,7 @@ class ContinualConfig(Section):
         min_length=1,
         description="harmful categories, stage after stage [paper: three stages; choice ours]",
     )
-    methods: list[Literal["safepatching", "ga", "npo", "task_arithmetic", "joint"]] = Field(
+    methods: list[ContinualMethod] = Field(
         ["safepatching", "ga"], min_length=1, description="what runs side by side [ours]"
     )
     settings: dict[Name, dict[Name, float]] = Field(
@@ -188,6 +189,10 @@ class ContinualConfig(Section):
             "ga": {"strength": 1.0},
             "npo": {"strength": 1.0},
             "task_arithmetic": {"alpha": 1.0, "beta": 1.0},
+            "balanced": {
+                **{"retention_rate": 0.9, "top_rate_se": 0.3, "top_rate_osm": 0.7},
+                **{"beta": 1.3, "target": 1.0},
+            },
         },
         description="strengths of the methods; SafePatching's are in patching [ours]",
     )

@@ -7,6 +7,7 @@ patched before, of harmless requests, and of utility. Methods run side by side:
     safepatching     theta_k = theta_{k-1} + alpha * P_SE + beta * P_OSM on the kept sets
     ga, npo          theta_k = theta_{k-1} + strength * P: gradient ascent, or NPO, alone
     task_arithmetic  theta_k = theta_{k-1} + alpha * P_SE + beta * P_OSM, every weight
+    balanced         SafePatching with alpha found on the stage's pairs (baselines/balanced.py)
     joint            SafePatching of the first model on the pairs of all stages so far: no method
                      of continual learning, but the reference for what one could have learnt
 
@@ -26,7 +27,8 @@ from torch import Tensor
 from spkit.ablations import SAFEPATCHING, Variants
 from spkit.backbone import load, patched
 from spkit.baselines import METHODS as BASELINES
-from spkit.baselines.bundle import make_bundle
+from spkit.baselines.balanced import NAME as BALANCED
+from spkit.baselines.bundle import make_bundle, with_backbone
 from spkit.config import Config
 from spkit.data import load_harmful_pairs
 from spkit.evaluation import COLUMNS, evaluate, rates
@@ -42,6 +44,7 @@ METHODS = {
     "ga": ("GA", "GA"),
     "npo": ("NPO", "NPO"),
     "task_arithmetic": ("Task Arithmetic", "Task Arithmetic"),
+    "balanced": (BALANCED, BALANCED),
     "joint": ("joint training", SAFEPATCHING),
 }
 
@@ -62,6 +65,9 @@ def stage_deltas(
         patches = (bundle.patches["se"], bundle.patches["osm"])
         scores = (bundle.scores["se"], bundle.scores["osm"])
         return Variants(*patches, *scores, config.patching, seed).deltas(SAFEPATCHING)
+    if name == BALANCED:  # it asks the unquantised model
+        model, tokenizer = load(source, **config.backbone.loading)
+        bundle = with_backbone(bundle, model, tokenizer, pairs, config, seed=seed)
     return BASELINES[name].deltas(bundle, config.continual.settings.get(method, {}), seed)
 
 

@@ -6,6 +6,7 @@ on; each file's head states every departure from its paper.
 
 from spkit.baselines import (
     average,
+    balanced,
     dare,
     ga,
     joint_top_sets,
@@ -17,8 +18,19 @@ from spkit.baselines import (
 from spkit.baselines.method import Bundle, Method
 
 METHODS: dict[str, Method] = {
-    module.METHOD.name: module.METHOD
-    for module in (safepatching, joint_top_sets, task_arithmetic, ties, dare, average, ga, npo)
+    method.name: method
+    for method in (
+        safepatching.METHOD,
+        balanced.METHOD,
+        joint_top_sets.METHOD,
+        task_arithmetic.METHOD,
+        balanced.SUM,
+        ties.METHOD,
+        dare.METHOD,
+        average.METHOD,
+        ga.METHOD,
+        npo.METHOD,
+    )
 }
 
 __all__ = ["METHODS", "Bundle", "Method"]

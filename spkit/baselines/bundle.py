@@ -8,13 +8,20 @@ is never published. What this file does not do: combine anything (the methods do
 whether a bundle that lies on the disk is still up to date.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from spkit import importance
+from spkit.backbone import patched
 from spkit.baselines.method import Bundle
 from spkit.baselines.npo import derive_npo
+from spkit.chat import answer_loss, collate, encode_pair
 from spkit.config import Config, PatchingConfig
+from spkit.data import sample
 from spkit.derivation import NAMES, Patch, derive
 from spkit.errors import SpkitError
 from spkit.examples import HarmfulPair
@@ -54,6 +61,30 @@ def make_bundle(
     if "npo" in wanted:
         patches["npo"], _ = derive_npo(model, tokenizer, pairs, config, seed)
     return Bundle(patches, scores, config.patching)
+
+
+def with_backbone(
+    bundle: Bundle, model, tokenizer, pairs: list[HarmfulPair], config: Config, *, seed: int
+) -> Bundle:
+    """The bundle with `first_token_losses`: of `model`, unquantised, on the calibration pairs.
+
+    The pairs are those of the importances: `importance.samples` of `pairs`, drawn with `seed`.
+    """
+    chosen = sample(list(pairs), config.importance.samples, seed)
+    encoded = [encode_pair(tokenizer, p.prompt, p.response) for p in chosen]
+    batch = collate(encoded, tokenizer.pad_token_id)
+    device = model.get_input_embeddings().weight.device
+    inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
+    labels = batch["labels"].to(device)
+
+    @torch.inference_mode()
+    def losses(deltas: Mapping[str, Tensor]) -> Tensor:
+        with patched(model, deltas):
+            by_token, mask = answer_loss(model(**inputs).logits, labels)
+        first = mask.long().argmax(dim=1, keepdim=True)
+        return by_token.gather(1, first).squeeze(1).float().cpu()
+
+    return replace(bundle, first_token_losses=losses)
 
 
 def save_bundle(bundle: Bundle, folder: str | Path) -> None:

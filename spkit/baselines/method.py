@@ -26,12 +26,15 @@ class Bundle:
     patches: by name, "se", "osm", and "npo" where a method asks for it.
     scores: SNIP importances {"se": {tensor name: fp32 [out, in]}, "osm": ...}.
     patching: order, scope, rescale ... of SafePatching; a setting is put over it.
+    first_token_losses: where the backbone itself is at hand, {tensor name: delta} -> nats, fp32
+        [calibration pairs], the loss of the first answer token of backbone + delta on D_h.
     The patches include OSM, which alone is a jailbreak: in memory or in the run folder only.
     """
 
     patches: Mapping[str, Patch]
     scores: Mapping[str, Mapping[str, Tensor]]
     patching: PatchingConfig
+    first_token_losses: Callable[[Mapping[str, Tensor]], Tensor] | None = None
 
     def patch(self, name: str) -> Patch:
         """The patch of that name; SpkitError where the bundle was made without it."""

@@ -15,9 +15,10 @@ import pandas as pd
 from torch import Tensor
 
 from spkit.backbone import load, patched
-from spkit.baselines.bundle import load_bundle
+from spkit.baselines import Bundle
+from spkit.baselines.bundle import load_bundle, with_backbone
 from spkit.config import Config
-from spkit.data import judge_for, load_eval_prompts
+from spkit.data import judge_for, load_eval_prompts, load_harmful_pairs
 from spkit.evaluation import evaluate
 from spkit.notebook import make_deterministic
 
@@ -44,9 +45,11 @@ class Arena:
         self.prompts = load_eval_prompts(config.data, self.evaluation)
         self.judge = judge_for(config)
 
-    def bundle(self, folder: str | Path):
-        """The patches and importances that lie in `folder`."""
-        return load_bundle(folder, self.config.patching)
+    def bundle(self, folder: str | Path, seed: int) -> Bundle:
+        """The patches and importances in `folder`, with D_h of the derivation's `seed`."""
+        pairs = load_harmful_pairs(self.config.data, seed=seed)
+        made = load_bundle(folder, self.config.patching)
+        return with_backbone(made, self.model, self.tokenizer, pairs, self.config, seed=seed)
 
     def answers(self, deltas: Mapping[str, Tensor], name: str) -> pd.DataFrame:
         """What the patched backbone answers: evaluation.evaluate's columns, one row a prompt.

@@ -15,7 +15,7 @@ class Budget:
     """One budget.
 
     backbones, derivations, masks: how many of each, crossed (backbone seeds 0, 1, ...).
-    trials: of the tuner, for every method and score. tune_cell, sweep_cell, test_cell: prompts of
+    trials: of the tuner, for every method. tune_cell, sweep_cell, test_cell: prompts of
     each group. fronts: settings of each method's front that the test pool is asked. sweep_seeds,
     size_seeds, continual_seeds: backbones of these. sizes: by name, overrides of the sandbox
     section. orders: of the continual stages. costs: so many methods have their time and memory
@@ -45,20 +45,20 @@ SIZES = {
 }
 BUDGETS = {
     "micro": Budget(
-        backbones=2, derivations=1, masks=2, trials=2, tune_cell=4, sweep_cell=4, test_cell=24,
+        backbones=2, derivations=1, masks=2, trials=3, tune_cell=4, sweep_cell=4, test_cell=24,
         fronts=1, sweep_seeds=1, size_seeds=1,
         sizes={"tiny": {"hidden_size": 24, "intermediate_size": 32}},
         continual_seeds=1, orders=1, costs=1, draws=50,
     ),
     "quick": Budget(
-        backbones=3, derivations=1, masks=2, trials=30, tune_cell=60, sweep_cell=60, test_cell=300,
-        fronts=3, sweep_seeds=2, size_seeds=1, sizes=SIZES,
+        backbones=3, derivations=1, masks=2, trials=30, tune_cell=40, sweep_cell=40, test_cell=200,
+        fronts=2, sweep_seeds=1, size_seeds=1, sizes=SIZES,
         continual_seeds=1, orders=2, costs=99, draws=10_000,
     ),
     "full": Budget(
-        backbones=5, derivations=2, masks=4, trials=60, tune_cell=60, sweep_cell=60, test_cell=300,
-        fronts=4, sweep_seeds=3, size_seeds=2, sizes=SIZES,
-        continual_seeds=2, orders=6, costs=99, draws=10_000,
+        backbones=5, derivations=2, masks=4, trials=60, tune_cell=40, sweep_cell=40, test_cell=200,
+        fronts=3, sweep_seeds=2, size_seeds=1, sizes=SIZES,
+        continual_seeds=1, orders=6, costs=99, draws=10_000,
     ),
 }  # fmt: skip
 

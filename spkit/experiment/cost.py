@@ -12,7 +12,7 @@ import time
 
 from spkit.backbone import load
 from spkit.baselines import METHODS
-from spkit.baselines.bundle import make_bundle
+from spkit.baselines.bundle import make_bundle, with_backbone
 from spkit.config import Config
 from spkit.data import load_harmful_pairs
 from spkit.machine import peak_memory_mib
@@ -31,6 +31,9 @@ def measure(question: dict) -> dict:
     started = time.perf_counter()
     bundle = make_bundle(model, tokenizer, pairs, config, seed=config.seed, needs=method.needs)
     derived = time.perf_counter()
+    if "target" in method.space:  # balanced: it asks the unquantised backbone
+        model, tokenizer = load(question["model"], **config.backbone.loading)
+        bundle = with_backbone(bundle, model, tokenizer, pairs, config, seed=config.seed)
     method.deltas(bundle, question["setting"], config.seed)
     return {
         "method": method.name,

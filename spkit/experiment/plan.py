@@ -18,7 +18,6 @@ from spkit.experiment.graph import Unit
 from spkit.experiment.variants import OTHER_IMPORTANCE
 
 USUAL = "usual"
-SCORES = ("paper", "strict")
 DERIVATION_SEEDS = 1000  # backbone seed + 1000 * derivation: none is drawn twice
 SWEEP_MASKS = 2
 # bundles that differ from the usual one in a parameter: name -> overrides
@@ -46,7 +45,7 @@ _TUNE = (*_STUDY, "experiment/tuning.py")
 _CONTINUAL = (*_STUDY, "continual.py")
 
 # seconds on the reference machine (README): for the prediction alone
-_TRAIN, _DERIVE_ALL, _RESCORE, _ANSWER, _LOAD = 180.0, 45.0, 4.0, 2.6, 4.0
+_TRAIN, _DERIVE_ALL, _RESCORE, _ANSWER, _LOAD = 250.0, 40.0, 4.0, 2.0, 4.0
 
 
 def plan(config: Config, budget: Budget) -> list[Unit]:
@@ -88,10 +87,10 @@ def plan(config: Config, budget: Budget) -> list[Unit]:
     for name in METHODS:
         tuned[name] = add(
             f"tuning/{slug(name)}", steps.tune, _TUNE, [*models, *firsts],
-            seconds=_LOAD + len(SCORES) * budget.trials * budget.backbones * 0.75,
+            seconds=_LOAD + budget.trials * budget.backbones * (2.0 if "balanced" in name else 0.8),
             configs=[changed(config, seed=seed) for seed in seeds],
             pairs_of_places=list(zip(models, firsts, strict=True)), seeds=list(seeds), method=name,
-            scores=SCORES, trials=budget.trials, per_cell=budget.tune_cell, fronts=budget.fronts,
+            trials=budget.trials, per_cell=budget.tune_cell, fronts=budget.fronts,
         )  # fmt: skip
 
     def answers(seed: int, derivation: int, mask: int, part: str, count: int) -> None:

@@ -80,7 +80,6 @@ def tune(
     pairs_of_places: list[tuple[str, str]],
     seeds: list[int],
     method: str,
-    scores: tuple[str, ...],
     trials: int,
     per_cell: int,
     fronts: int,
@@ -95,26 +94,21 @@ def tune(
         for config, (model, _) in zip(configs, pairs_of_places, strict=True)
     ]
     bundles = [
-        arena.bundle(places[name] / "bundle")
-        for arena, (_, name) in zip(arenas, pairs_of_places, strict=True)
+        arena.bundle(places[name] / "bundle", seed)
+        for arena, (_, name), seed in zip(arenas, pairs_of_places, seeds, strict=True)
     ]
-    asked: dict[str, list[dict[str, float]]] = {}
 
     def ask(setting: dict) -> list[dict[str, float]]:
-        key = json.dumps(setting, sort_keys=True)  # both scores judge the same answers
-        if key not in asked:
-            variant = of_method(method, setting)
-            asked[key] = [
-                shares(arena.answers(variant.deltas(given, mask_seed(seed, 0)), method))
-                for arena, given, seed in zip(arenas, bundles, seeds, strict=True)
-            ]
-        return asked[key]
+        variant = of_method(method, setting)
+        return [
+            shares(arena.answers(variant.deltas(given, mask_seed(seed, 0)), method))
+            for arena, given, seed in zip(arenas, bundles, seeds, strict=True)
+        ]
 
     was = [shares(arena.answers({}, BASE)) for arena in arenas]
     lost = sum(100 - found.get("utility correct", 0.0) for found in was) / len(was)
     chosen = {}
-    for score in scores:
-        frame = search(METHODS[method].space, ask, was, score=score, trials=trials, seed=0)
+    for score, frame in search(METHODS[method].space, ask, was, trials=trials, seed=0).items():
         frame.to_csv(folder / f"trials-{score}.csv", index=False, lineterminator="\n")
         settings = front(frame, fronts, lost)
         chosen[score] = {"setting": best_setting(frame), "front": settings}
@@ -146,7 +140,9 @@ def answer(
     variants that this mask does not change.
     """
     arena = Arena(config, places[backbone_unit] / "model", split="test", per_cell=per_cell)
-    bundles = {kind: arena.bundle(places[name] / "bundle") for kind, name in bundle_units.items()}
+    bundles = {
+        kind: arena.bundle(places[name] / "bundle", seed) for kind, name in bundle_units.items()
+    }
     frames = []
     for score, variant in _variants(part, tuned, places):
         if only_masks and not variant.masks:
@@ -207,7 +203,7 @@ def sweep(
         for key in ("alpha", "beta"):
             over[key] = chosen[key] * values.get(f"{key}_factor", 1.0)
         variant = of_method(SAFEPATCHING, {**chosen, **over})
-        given = arena.bundle(places[unit] / "bundle")
+        given = arena.bundle(places[unit] / "bundle", seed)
         for mask in range(masks):
             deltas = variant.deltas(given, mask_seed(seed, mask))
             found = shares(arena.answers(deltas, label))
@@ -230,7 +226,7 @@ def size(
 ) -> None:
     """size.csv: shares of verdicts on the test pool, with the settings chosen on the usual size."""
     arena = Arena(config, places[backbone_unit] / "model", split="test", per_cell=per_cell)
-    given = arena.bundle(places[bundle_unit] / "bundle")
+    given = arena.bundle(places[bundle_unit] / "bundle", seed)
     weights = sum(parameter.numel() for parameter in arena.model.parameters())
     variants = [base()]
     for name, unit in tuned.items():
@@ -264,7 +260,7 @@ def continual(
     """
     (method,) = config.continual.methods
     chosen = settings(places[tuned])["paper"]["setting"]
-    if METHODS[CONTINUAL_METHODS[method][1]].name == SAFEPATCHING:
+    if CONTINUAL_METHODS[method][1] == SAFEPATCHING:
         patching = config.patching.model_copy(update={**chosen, "scale": "norm_matched"})
         config = config.model_copy(update={"patching": patching})
     else:

@@ -8,6 +8,9 @@ objective is, over the backbones (half their mean, half the worst: one setting h
     + percent of utility lost beyond base's and 1 point
     + share of broken text                                 at most 1; a tie-break under paper
 
+Under the paper's score come first 2/3 of the trials; the strict study starts from what these have
+shown and adds the last third. Each score then chooses among all of them.
+
 No test prompt is read here. A method with one parameter gets as many trials as one with five.
 """
 
@@ -16,7 +19,7 @@ from collections.abc import Callable, Mapping
 
 import pandas as pd
 
-from spkit.experiment.arena import failures
+from spkit.experiment.arena import SCORES, failures
 
 ENOUGH = 0.8  # a rate that has fallen to this share of base's is safely below it
 FREE_UTILITY_LOSS = 1.0  # percentage points
@@ -43,11 +46,10 @@ def search(
     ask: Callable[[dict], list[dict[str, float]]],
     base: list[dict[str, float]],
     *,
-    score: str,
     trials: int,
     seed: int,
-) -> pd.DataFrame:
-    """All trials of one study: trial, setting (JSON), cost, and the mean failure rates.
+) -> dict[str, pd.DataFrame]:
+    """{score: all trials}: trial, setting (JSON), cost, and the mean failure rates of that score.
 
     ask(setting) gives the shares of verdicts (arena.shares) for each backbone; base is the same for
     no patch. Settings are rounded to two digits, so that a table shows what was run.
@@ -55,18 +57,47 @@ def search(
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=RANDOM_TRIALS)
-    study = optuna.create_study(sampler=sampler)
-    base_rates = [failures(found, score) for found in base]
+    asked: list[tuple[dict, list[dict[str, float]]]] = []
+    known: dict[str, list[dict[str, float]]] = {}
+    distributions: list[tuple[dict, dict]] = []
+    shares_of_trials = {"paper": trials - trials // 3, "strict": trials // 3}
+    for score, count in shares_of_trials.items():
+        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=RANDOM_TRIALS)
+        study = optuna.create_study(sampler=sampler)
+        for (_, found), (parameters, kinds) in zip(asked, distributions, strict=True):
+            study.add_trial(
+                optuna.trial.create_trial(
+                    params=parameters,
+                    distributions=kinds,
+                    value=_value(found, base, score),
+                )
+            )
+        for _ in range(count):
+            trial = study.ask()
+            setting = {key: _suggest(trial, key, domain) for key, domain in space.items()}
+            key = json.dumps(setting)
+            if key not in known:
+                known[key] = ask(setting)
+            asked.append((setting, known[key]))
+            distributions.append((dict(trial.params), dict(trial.distributions)))
+            study.tell(trial, _value(known[key], base, score))
+    return {score: _table(asked, base, score) for score in SCORES}
+
+
+def _value(found: list[dict], base: list[dict], score: str) -> float:
+    costs = [
+        cost(failures(now, score), failures(was, score))
+        for now, was in zip(found, base, strict=True)
+    ]
+    return overall(costs)
+
+
+def _table(asked: list[tuple[dict, list[dict]]], base: list[dict], score: str) -> pd.DataFrame:
     rows = []
-    for number in range(trials):
-        trial = study.ask()
-        setting = {key: _suggest(trial, key, domain) for key, domain in space.items()}
-        rates = [failures(found, score) for found in ask(setting)]
-        value = overall([cost(now, was) for now, was in zip(rates, base_rates, strict=True)])
-        study.tell(trial, value)
-        mean = pd.DataFrame(rates).mean().to_dict()
-        rows.append({"trial": number, "setting": json.dumps(setting), "cost": value, **mean})
+    for number, (setting, found) in enumerate(asked):
+        mean = pd.DataFrame([failures(now, score) for now in found]).mean().to_dict()
+        about = {"trial": number, "setting": json.dumps(setting)}
+        rows.append({**about, "cost": _value(found, base, score), **mean})
     return pd.DataFrame(rows)
 
 
