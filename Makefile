@@ -3,6 +3,9 @@
 #   make walkthrough                          all notebooks on the sandbox, then the table of results
 #   make walkthrough PARAMS=params/mine.yaml  the same for any params file (SEED=1 RUN=name CORES=4)
 #   make seeds                                the walkthrough for seeds 0 to 4: means and intervals
+#   make experiment                           all methods, ablations and sweeps: tables, notebook 05
+#   make experiment BUDGET=full JOBS=2        with more seeds and trials: what the README shows
+#   make report TABLES=docs/experiment        the tables of a finished experiment as markdown
 #   make backbone                             train the shipped sandbox backbone again, by its recipe
 #   make lab                                  JupyterLab on the notebooks
 #   make test, make lint                      what the continuous integration runs
@@ -15,11 +18,14 @@ CORES ?= 2
 SEED ?=
 SEEDS ?= 0 1 2 3 4
 RUN ?=
+BUDGET ?= quick
+JOBS ?= 2
+TABLES ?= docs/experiment
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.spkit-installed
 
-.PHONY: walkthrough seeds backbone test lint lab clean distclean
+.PHONY: walkthrough seeds experiment report backbone test lint lab clean distclean
 
 # --nolock: a killed run would leave a lock behind, and the next one is to go on from there
 walkthrough: $(READY)
@@ -31,6 +37,13 @@ walkthrough: $(READY)
 seeds: $(READY)
 	for seed in $(SEEDS); do $(MAKE) walkthrough SEED=$$seed || exit 1; done
 	$(BIN)/python -m spkit.seeds $(PARAMS) $(SEEDS) $(if $(RUN),--run-name $(RUN))
+
+# goes on where it was cut, and ends with notebook 05 executed on the new tables
+experiment: $(READY)
+	$(BIN)/python -m spkit.experiment $(PARAMS) --budget $(BUDGET) --jobs $(JOBS)
+
+report: $(READY)
+	@$(BIN)/python -m spkit.experiment.report $(TABLES)
 
 backbone: $(READY)
 	$(BIN)/python -m spkit.ship $(PARAMS)

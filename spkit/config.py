@@ -225,6 +225,16 @@ class BaselinesConfig(Section):
     npo: NpoConfig = Field(default_factory=NpoConfig, description="derives the NPO patch")
 
 
+class ComparisonConfig(Section):
+    """Which finished experiment the comparison shows; it runs nothing."""
+
+    tables: Name = Field(
+        "docs/experiment",
+        description="folder of the experiment's tables: docs/experiment holds the committed ones "
+        "of BUDGET=full",
+    )
+
+
 class Config(Section):
     """All parameters of a run."""
 
@@ -248,6 +258,7 @@ class Config(Section):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     continual: ContinualConfig = Field(default_factory=ContinualConfig)
     baselines: BaselinesConfig = Field(default_factory=BaselinesConfig)
+    comparison: ComparisonConfig = Field(default_factory=ComparisonConfig)
 
     @model_validator(mode="after")
     def _continual_categories_are_kept(self):

@@ -62,10 +62,14 @@ STAGES = {
         True,
     ),
     "04_continual_psa": Stage(
-        (*_MODEL, "derivation", "importance", "patching", "evaluation", "continual"),
+        (*_MODEL, "derivation", "importance", "patching", "evaluation", "continual", "baselines"),
         ("00_backbone",),  # so it runs beside 01-03
-        (*_PATCH, "continual.py"),
+        (*_PATCH, "continual.py", "baselines/*.py"),
         True,
+    ),
+    # it reads the tables of a finished experiment (spkit/experiment), not the other stages
+    "05_comparison": Stage(
+        ("comparison",), (), ("plots.py", "plots_comparison.py", "experiment/report.py")
     ),
 }
 
@@ -113,7 +117,15 @@ def identity(config: Config, stage: str) -> dict[str, Any]:
 
 
 def _input_files(config: Config, sections: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """(parameter, digest) of the user's own files; a missing one is an error already here."""
+    """(parameter, digest) of the user's own files; a missing one is an error already here.
+
+    Only of the experiment's tables it is not: all other stages can do without them.
+    """
+    if "comparison" in sections:
+        tables = sorted(Path(config.comparison.tables).glob("*.csv"))
+        yield "comparison.tables", _digest(tables)
+    if "backbone" not in sections:
+        return
     named = {"data.harmful": config.data.harmful}
     if "evaluation" in sections:
         named["data.evaluation"] = config.data.evaluation

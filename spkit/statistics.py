@@ -21,7 +21,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from statsmodels.stats.multitest import multipletests
 
 from spkit.errors import SpkitError
 from spkit.evaluation import VERDICTS
@@ -275,6 +274,18 @@ def _p_value(differences: np.ndarray) -> np.ndarray:
     return np.minimum(1, 2 * (1 + np.minimum(below, above)) / (1 + len(differences)))
 
 
+def _holm(p: np.ndarray) -> np.ndarray:
+    """Holm's correction, as statsmodels' multipletests, which collects all garbage in every call.
+
+    The smallest of n values counts n times, the next n - 1 times; none less than a smaller one.
+    """
+    order = np.argsort(p)
+    grown = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    corrected = np.empty(len(p))
+    corrected[order] = np.minimum(1, grown)
+    return corrected
+
+
 # --- tables -----------------------------------------------------------------------------------
 
 
@@ -327,7 +338,7 @@ def paired(
             "low": 100 * low,
             "high": 100 * high,
             "p": p,
-            "p_holm": multipletests(p, method="holm")[1],
+            "p_holm": _holm(p),
             "backbones_below": (high_each < 0).sum(axis=0),
             "backbones_above": (low_each > 0).sum(axis=0),
             "backbones": len(outcomes.backbones),
@@ -459,8 +470,7 @@ def paired_hypervolumes(
     table = pd.DataFrame(rows, columns=names.split()).assign(p_holm=np.nan)
     compared = table["method"] != against
     if compared.any():
-        holm = multipletests(table.loc[compared, "p"], method="holm")[1]
-        table.loc[compared, "p_holm"] = holm
+        table.loc[compared, "p_holm"] = _holm(table.loc[compared, "p"].to_numpy())
     return table
 
 

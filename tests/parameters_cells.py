@@ -21,7 +21,8 @@ OWN = {  # each section stands in full in one notebook, and is {} in the others
     "01_patch_derivation": ("derivation",),
     "02_importance_analysis": ("importance",),
     "03_controllable_patching": ("patching",),
-    "04_continual_psa": ("continual",),
+    "04_continual_psa": ("continual", "baselines"),
+    "05_comparison": ("comparison",),
 }
 
 

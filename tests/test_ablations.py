@@ -10,13 +10,17 @@ import torch
 
 from spkit import ablations
 from spkit.ablations import (
+    ABLATIONS,
     NO_RETENTION,
     NO_RETENTION_SCALED,
+    NO_SUBTRACTION,
+    RANDOM_SETS,
     SAFEPATCHING,
     VARIANTS,
     Variants,
     kept_norm,
     overlap,
+    random_set,
     where,
 )
 from spkit.config import PatchingConfig
@@ -93,8 +97,26 @@ def loop_norm(delta, keep=None):
     return math.sqrt(sum(value**2 for at, value in delta.items() if keep is None or at in keep))
 
 
+# SafePatching with one parameter changed: what it is to be the same as
+CHANGES = {
+    "rescaled by 1/p": {"scale": "plain", "rescale": True},
+    "global top rate": {"scope": "global"},
+    "ranked after retention": {"order": "rank_retained"},
+}
+
+
+def with_config(both, **changes):
+    """The same patches, importances and seed under other parameters."""
+    values = both.config.model_dump() | changes
+    return Variants(
+        both.se, both.osm, both.scores_se, both.scores_osm, PatchingConfig(**values), both.seed
+    )
+
+
 def loop_kept(variant, both):
     """({positions}, {positions}) of SE and OSM."""
+    if variant in CHANGES:
+        return loop_kept(SAFEPATCHING, with_config(both, **CHANGES[variant]))
     setting, score = both.config, (flat(both.scores_se), flat(both.scores_osm))
     everything = set(score[0])
     whole = {"SE only": "s", "OSM only": "o", "plain sum": "so"}
@@ -117,10 +139,14 @@ def loop_kept(variant, both):
     top_osm = loop_top(score[1], setting.top_rate_osm, retained[1], setting)
     if variant == "intersection":
         return retained[0] & top_se & top_osm, retained[1] & top_se & top_osm
+    if variant == NO_SUBTRACTION:
+        return retained[0] & top_se, retained[1] & top_osm
     return retained[0] & (top_se - top_osm), retained[1] & (top_osm - top_se)
 
 
 def loop_strengths(variant, both):
+    if variant in CHANGES:
+        return loop_strengths(SAFEPATCHING, with_config(both, **CHANGES[variant]))
     if variant in ("SE only", "OSM only", "plain sum"):
         return float(variant != "OSM only"), float(variant != "SE only")
     share = {NO_RETENTION_SCALED: 0.6}.get(variant, 1.0)
@@ -143,7 +169,10 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+IN_LOOPS = (*VARIANTS, NO_SUBTRACTION, *CHANGES)
+
+
+@pytest.mark.parametrize("variant", IN_LOOPS)
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: "-".join(map(str, s.values())))
 def test_a_variant_is_what_the_loops_make_of_it(setting, variant):
     both = variants(**setting)
@@ -160,7 +189,7 @@ def test_a_variant_is_what_the_loops_make_of_it(setting, variant):
     deltas = both.deltas(variant)
     assert list(deltas) == list(SHAPES)
     assert all(delta.dtype == torch.float32 for delta in deltas.values())
-    assert flat(deltas) == pytest.approx(merged, rel=1e-6, abs=1e-6)
+    assert flat(deltas) == pytest.approx(merged, rel=1e-6, abs=1e-5)
 
 
 def test_the_settings_above_are_not_the_same_in_disguise():
@@ -179,6 +208,9 @@ def test_the_settings_above_are_not_the_same_in_disguise():
     made = {variant: str(loop_kept(variant, both)) for variant in VARIANTS}
     made[NO_RETENTION_SCALED] += "at another strength"
     assert len(set(made.values())) == len(VARIANTS)
+    for variant in (NO_SUBTRACTION, "global top rate", "ranked after retention"):
+        assert str(loop_kept(variant, both)) not in made.values()
+    assert {*IN_LOOPS, RANDOM_SETS} == set(ABLATIONS)
 
 
 def test_all_variants_by_hand():
@@ -229,6 +261,110 @@ def test_each_patch_has_a_draw_of_its_own_from_the_seed():
     assert both.retained is both.retained  # drawn once
     one, other = both.retained
     assert not all(torch.equal(one[name], other[name]) for name in SHAPES)
+
+
+# ---- what the comparison asks for beyond the seven
+
+
+def same(one, other):
+    assert list(one) == list(other) == list(SHAPES)
+    return all(torch.equal(one[name], other[name]) for name in SHAPES)
+
+
+def counts(sets):
+    return {name: int(mask.sum()) for name, mask in sets.items()}
+
+
+@pytest.mark.parametrize("setting", SETTINGS[::2], ids=lambda s: "-".join(map(str, s.values())))
+def test_random_sets_hold_as_many_weights_of_each_matrix(setting):
+    both = variants(**setting)
+    kept, drawn = both.kept(SAFEPATCHING), both.kept(RANDOM_SETS)
+    for own, other in zip(kept, drawn, strict=True):
+        assert counts(own) == counts(other) and any(counts(own).values())
+        assert not same(own, other)
+    expected = [
+        {name: random_set(mask, seed=SEED, patch=patch, tensor=name) for name, mask in own.items()}
+        for patch, own in zip(("se", "osm"), kept, strict=True)
+    ]
+    assert all(map(same, drawn, expected))
+
+
+def test_random_sets_depend_on_the_seed_the_patch_and_the_tensor_alone():
+    like = torch.zeros(30, 20, dtype=torch.bool)
+    like[:4] = True
+    drawn = random_set(like, seed=0, patch="se", tensor="w")
+    assert drawn.dtype == torch.bool and drawn.shape == like.shape and drawn.sum() == 80
+    torch.manual_seed(
+        1
+    )  # no framework's random state, and not which weights are kept, but how many
+    assert torch.equal(random_set(like.flip(0), seed=0, patch="se", tensor="w"), drawn)
+    for other in ({"seed": 1}, {"patch": "osm"}, {"tensor": "v"}):
+        key = {"seed": 0, "patch": "se", "tensor": "w"} | other
+        assert not torch.equal(random_set(like, **key), drawn)
+    assert abs(drawn[:4].float().mean() - 80 / 600) < 0.15  # they do not follow `like`
+    assert random_set(torch.ones(3, 2), seed=0, patch="se", tensor="w").all()
+    assert not random_set(torch.zeros(3, 2), seed=0, patch="se", tensor="w").any()
+    one, two = (variants().kept(RANDOM_SETS) for _ in range(2))
+    assert all(map(same, one, two))
+    both = variants()
+    moved = Variants(both.se, both.osm, both.scores_se, both.scores_osm, both.config, SEED + 1)
+    assert not any(map(same, one, moved.kept(RANDOM_SETS)))
+
+
+def test_random_sets_move_the_weights_as_far():
+    """At matched norms; else at SafePatching's own strengths."""
+    both = variants(scale="norm_matched", beta=0.0)
+    delta = both.deltas(RANDOM_SETS)
+    norm = math.sqrt(sum(part.square().sum().item() for part in delta.values()))
+    assert norm == pytest.approx(3.0 * both.se.norm(), rel=1e-5)
+    assert variants().strengths(RANDOM_SETS) == (3.0, 2.0)
+
+
+def test_no_subtraction_keeps_what_matters_to_both():
+    both = variants()
+    for own, kept, masks, top in zip(
+        both.kept(NO_SUBTRACTION),
+        both.kept(SAFEPATCHING),
+        both.retained,
+        both.important(),
+        strict=True,
+    ):
+        assert same(own, {name: masks[name] & top[name] for name in SHAPES})
+        assert sum(counts(own).values()) > sum(counts(kept).values())
+        assert all((own[name] | ~kept[name]).all() for name in SHAPES)
+
+
+@pytest.mark.parametrize("scale", ["plain", "norm_matched"])
+def test_rescaled_is_alpha_by_p_on_safepatchings_sets(scale):
+    both = variants(scale=scale)
+    assert both.strengths("rescaled by 1/p") == pytest.approx((3.0 / 0.6, 2.0 / 0.6), rel=1e-12)
+    keep_se, keep_osm = kept = both.kept("rescaled by 1/p")
+    assert all(map(same, kept, both.kept(SAFEPATCHING)))
+    expected = {
+        name: 3.0 / 0.6 * both.se.delta(name) * keep_se[name]
+        + 2.0 / 0.6 * both.osm.delta(name) * keep_osm[name]
+        for name in SHAPES
+    }
+    found = both.deltas("rescaled by 1/p")
+    assert all(torch.allclose(found[name], expected[name], rtol=1e-6) for name in SHAPES)
+
+
+@pytest.mark.parametrize("variant", CHANGES)
+@pytest.mark.parametrize("scale", ["plain", "norm_matched"])
+def test_a_changed_parameter_is_a_run_with_that_parameter(variant, scale):
+    both = variants(scale=scale)
+    other = with_config(both, **CHANGES[variant])
+    assert same(both.deltas(variant), other.deltas(SAFEPATCHING))
+    assert both.strengths(variant) == other.strengths(SAFEPATCHING)
+    assert not same(both.deltas(variant), both.deltas(SAFEPATCHING))
+
+
+def test_which_variants_depend_on_the_mask():
+    """What ABLATIONS says is what another seed does; matched strengths follow the masks, too."""
+    both = variants(scale="norm_matched")
+    moved = Variants(both.se, both.osm, both.scores_se, both.scores_osm, both.config, SEED + 1)
+    for name, masks in ABLATIONS.items():
+        assert same(both.deltas(name), moved.deltas(name)) is not masks, name
 
 
 # ---- strengths

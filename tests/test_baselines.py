@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 
 from spkit import importance
-from spkit.baselines import METHODS, Bundle, npo
-from spkit.baselines.bundle import load_bundle, make_bundle, save_bundle
+from spkit.backbone import patched
+from spkit.baselines import METHODS, Bundle, balanced, npo
+from spkit.baselines.balanced import HIGHEST, LOWEST, balance, balanced_deltas
+from spkit.baselines.bundle import load_bundle, make_bundle, save_bundle, with_backbone
 from spkit.baselines.npo import answer_nll, derive_npo, npo_loss
 from spkit.chat import encode_pair
 from spkit.config import Config, PatchingConfig
@@ -26,7 +29,7 @@ PAIRS = [HarmfulPair(str(i), x, y, "boats") for i, (x, y) in enumerate(tiny.PAIR
 TOKENIZER = tiny.tokenizer()
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
-STRENGTHS = {"alpha": ("log", 0.3, 8.0), "beta": ("log", 0.05, 4.0)}
+STRENGTHS = {"beta": ("log", 0.05, 4.0), "alpha": ("ratio", "beta", 0.25, 8.0)}
 STRENGTH = {"strength": ("log", 0.02, 2.0)}
 TOP_SETS = {
     "retention_rate": ("choice", 0.3, 0.6, 0.9),
@@ -34,10 +37,13 @@ TOP_SETS = {
     "top_rate_osm": ("log", 0.02, 0.8),
     **STRENGTHS,
 }
+TARGET = {"target": ("log", 0.3, 4.0)}
 SPACES = {
     "SafePatching": TOP_SETS,
+    "SafePatching, balanced": {k: v for k, v in TOP_SETS.items() if k != "alpha"} | TARGET,
     "Joint top sets": TOP_SETS,
     "Task Arithmetic": STRENGTHS,
+    "Task Arithmetic, balanced": {"beta": STRENGTHS["beta"], **TARGET},
     "TIES": {"density": ("log", 0.02, 1.0), **STRENGTHS},
     "DARE": {"keep_rate": ("choice", 0.1, 0.3, 0.6, 0.9), **STRENGTHS},
     "Weight averaging": {"weight": ("uniform", 0.0, 1.0)},
@@ -71,15 +77,30 @@ def random_bundle(names=("se", "osm", "npo")):
         for n in ("se", "osm", "npo")
     }
     scores = {n: {t: draw(r, c).abs() for t, (r, c) in shapes.items()} for n in ("se", "osm")}
-    return Bundle({n: patches[n] for n in names}, scores, PatchingConfig())
+    return Bundle(
+        {n: patches[n] for n in names}, scores, PatchingConfig(), losses_of(patches["se"])
+    )
+
+
+def losses_of(se):
+    """As if every nat of loss were 1 % of the SE patch's direction in the deltas."""
+    size = sum(se.delta(t).square().sum() for t in se.factors)
+
+    def losses(deltas):
+        along = sum((deltas[t] * se.delta(t)).sum() for t in se.factors) / size
+        return along.clamp(min=0) * torch.tensor([100.0, 150.0, 200.0])
+
+    return losses
 
 
 def middle(space):
     """A setting from inside of a space."""
-    return {
-        k: kind[1] if kind[0] == "choice" else math.sqrt(max(kind[1], 0.01) * kind[2])
-        for k, kind in space.items()
-    }
+    found = {}
+    for key, (kind, *values) in space.items():
+        low, high = values[-2:]
+        middle = values[0] if kind == "choice" else math.sqrt(max(low, 0.01) * high)
+        found[key] = middle * found[values[0]] if kind == "ratio" else middle
+    return found
 
 
 def row(name, bundle, setting, seed=0, tensor="w"):
@@ -185,6 +206,147 @@ def test_top_set_methods_retain_at_random_and_match_the_norm(name):
     assert any(((delta[t] != 0) != (other[t] != 0)).any() for t in delta)
 
 
+# ---- balanced ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("strength", [0.03, 0.4, 1.0, 7.3, 19.0])
+def test_balance_finds_the_strength_of_a_target_within_three_percent(strength, power):
+    asked = []
+
+    def loss_at(alpha):
+        asked.append(alpha)
+        return 2.0 * alpha**power
+
+    target = 2.0 * strength**power
+    found = balance(loss_at, target)
+    assert strength <= found <= 1.03 * strength
+    assert loss_at(found) >= target  # it is reached, and not only nearly
+    assert len(asked) <= 10 and min(asked) > LOWEST and max(asked) == HIGHEST
+
+
+def test_balance_at_its_ends():
+    assert balance(lambda alpha: alpha, HIGHEST + 1) == HIGHEST == 20.0
+    assert balance(lambda alpha: alpha, HIGHEST) <= HIGHEST
+    assert LOWEST < balance(lambda alpha: alpha + 5.0, 1.0) <= 1.03 * LOWEST  # always reached
+    steps = balance(lambda alpha: float(alpha >= 0.5), 0.7)
+    assert 0.5 <= steps <= 1.03 * 0.5
+
+
+def test_balancing_needs_the_losses_of_the_backbone():
+    bundle = random_bundle()
+    bare = Bundle(bundle.patches, bundle.scores, bundle.patching)
+    for method in (balanced.METHOD, balanced.SUM):
+        with pytest.raises(SpkitError, match="^Balancing needs a bundle with `first_token_losses`"):
+            method.deltas(bare, middle(method.space), 0)
+
+
+def test_balanced_sets_are_safepatchings_at_the_alpha_that_reaches_the_target():
+    """All that is kept has one factor, its smallest (to 3 %) that reaches the target."""
+    bundle = random_bundle()
+    setting = middle(SPACES["SafePatching, balanced"])
+    found = METHODS["SafePatching, balanced"].deltas(bundle, setting, 3)
+    rates = {key: value for key, value in setting.items() if key != "target"}
+    parts = [
+        METHODS["SafePatching"].deltas(bundle, rates | {"alpha": alpha, "beta": beta}, 3)
+        for alpha, beta in ((1.0, 0.0), (0.0, setting["beta"]))
+    ]
+    factors = torch.cat(
+        [((found[t] - parts[1][t]) / part)[part != 0] for t, part in parts[0].items()]
+    )
+    alpha = factors.median().item()
+    assert torch.allclose(factors, torch.full_like(factors, alpha), rtol=1e-3)
+
+    def quantile(strength):
+        at = {t: strength * part + parts[1][t] for t, part in parts[0].items()}
+        return torch.quantile(bundle.first_token_losses(at), 0.05).item()
+
+    assert quantile(alpha * 1.001) >= setting["target"] > quantile(alpha / 1.03)
+    # whatever the bundle's own alpha and scale are
+    other = Bundle(
+        bundle.patches,
+        bundle.scores,
+        PatchingConfig(alpha=9.0, beta=5.0, scale="plain"),
+        bundle.first_token_losses,
+    )
+    again = METHODS["SafePatching, balanced"].deltas(other, setting, 3)
+    assert all(torch.equal(again[t], found[t]) for t in found)
+
+
+def test_balanced_task_arithmetic_by_hand():
+    bundle = row_bundle([1.0, 0.0], [-1.0, 4.0])
+    losses = lambda deltas: deltas["w"][0, 0].clamp(min=0) * torch.ones(3)  # noqa: E731
+    bundle = Bundle(bundle.patches, {}, bundle.patching, losses)
+    one, two = row("Task Arithmetic, balanced", bundle, {"beta": 2.0, "target": 0.5})
+    # alpha - 2 is to be 0.5
+    assert 0.5 <= one <= 1.03 * 2.5 - 2 and two == 8.0
+    high = row("Task Arithmetic, balanced", bundle, {"beta": 2.0, "target": 30.0})
+    assert high == [HIGHEST - 2.0, 8.0]  # out of reach
+
+
+def backed(made):
+    """(model, the bundle of the fixture with the losses of that model)."""
+    model = tiny.model("llama")
+    return model, with_backbone(made, model, TOKENIZER, PAIRS, config(), seed=0)
+
+
+def first_losses(model):
+    """-log p of each answer's first token, one unpadded pair at a time."""
+    losses = []
+    for pair in PAIRS:
+        ids, labels = encode_pair(TOKENIZER, pair.prompt, pair.response)
+        first = next(i for i, label in enumerate(labels) if label != -100)
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids[:first]])).logits[0, -1]
+        losses.append(F.cross_entropy(logits, torch.tensor(ids[first])).item())
+    return losses
+
+
+def test_first_token_losses_are_the_cross_entropy_of_the_first_answer_token(made):
+    model, bundle = backed(made)
+    before = copy.deepcopy(model.state_dict())
+    # drawn in another order
+    expected = sorted(first_losses(model))
+    found = bundle.first_token_losses({})
+    assert found.dtype == torch.float32 and found.shape == (3,)
+    assert sorted(found.tolist()) == pytest.approx(expected, rel=1e-4)
+    assert len({round(loss, 3) for loss in expected}) == 3
+    deltas = {name: 3.0 * made.patch("se").delta(name) for name in made.patch("se").factors}
+    moved = bundle.first_token_losses(deltas)
+    with patched(model, deltas):
+        expected = sorted(first_losses(model))
+    assert sorted(moved.tolist()) == pytest.approx(expected, rel=1e-4)
+    assert not torch.allclose(moved, found, rtol=1e-2)
+    # the backbone has its bits back
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    fewer = config().model_copy(update={"importance": config().importance.model_copy(
+        update={"samples": 2})})  # fmt: skip
+    assert (
+        len(with_backbone(made, model, TOKENIZER, PAIRS, fewer, seed=0).first_token_losses({})) == 2
+    )
+
+
+def test_balanced_deltas_reach_the_target_quantile_on_a_model(made):
+    model, bundle = backed(made)
+    se, osm = made.patch("se"), made.patch("osm")
+    parts = [{t: p.delta(t) for t in p.factors} for p in (se, osm)]
+
+    def quantile(deltas):
+        with patched(model, deltas):
+            return torch.quantile(torch.tensor(first_losses(model)), 0.05).item()
+
+    bare = quantile({t: LOWEST * parts[0][t] + parts[1][t] for t in parts[0]})
+    target = bare + 0.5
+    deltas = balanced_deltas(bundle, *parts, target)
+    assert deltas.keys() == se.factors.keys()
+    name = next(iter(deltas))
+    alpha = ((deltas[name] - parts[1][name]) / parts[0][name]).median().item()
+    assert LOWEST < alpha < HIGHEST
+    assert quantile(deltas) > target - 1e-3
+    less = {t: alpha / 1.03 * parts[0][t] + parts[1][t] for t in parts[0]}
+    assert quantile(less) < target + 1e-3
+
+
 # ---- the interface -------------------------------------------------------------------------------
 
 
@@ -201,8 +363,13 @@ def test_a_methods_file_is_short_and_cites_its_paper(method):
     assert len(text.splitlines()) <= 120
     head = " ".join(ast.get_docstring(ast.parse(text)).split())
     (cited,) = re.findall(r"arXiv (\d{4}\.\d{5})", method.paper)
-    assert f"arXiv {cited}" in head and "Departures from the p" in head
-    if method.name in ("SafePatching", "Joint top sets"):
+    assert f"arXiv {cited}" in head
+    # an extension of ours departs from its paper as a whole, and says so
+    departs = (
+        "An extension of ours, beyond" if "balanced" in method.name else "Departures from the p"
+    )
+    assert departs in head and method.paper.startswith("ours, on ") is ("balanced" in method.name)
+    if method.name in ("SafePatching", "SafePatching, balanced", "Joint top sets"):
         assert cited == "2405.13820"
 
 
@@ -359,7 +526,7 @@ def test_a_bundle_holds_what_each_derivation_gives(made):
 
 @every_method
 def test_every_method_works_on_a_derived_bundle(method, made):
-    deltas = method.deltas(made, middle(method.space), 0)
+    deltas = method.deltas(backed(made)[1], middle(method.space), 0)
     assert deltas.keys() == made.patch("se").factors.keys()
     assert all(torch.isfinite(delta).all() for delta in deltas.values())
 

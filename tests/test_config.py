@@ -116,13 +116,13 @@ def test_every_field_is_explained():
             "continual.stages is [['b']], but 'b' is not among data.categories = ['a']",
         ),
         (
-            {"derivation": {"ascent": {"stop_mean_loss": 7}}},
-            "derivation.ascent.stop_mean_loss is 7.0, "
-            "must be below token_loss_clamp = 5.0, or it may never stop",
+            {"derivation": {"ascent": {"stop_mean_loss": 12}}},
+            "derivation.ascent.stop_mean_loss is 12.0, "
+            "must be below token_loss_clamp = 10.0, or it may never stop",
         ),
         (
-            {"derivation": {"descent": {"warmup_steps": 40}}},
-            "derivation.descent.warmup_steps is 40, must be below max_steps = 40",
+            {"derivation": {"descent": {"warmup_steps": 60}}},
+            "derivation.descent.warmup_steps is 60, must be below max_steps = 60",
         ),
         (
             {"sandbox": {"heads": 5}},

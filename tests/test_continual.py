@@ -15,10 +15,15 @@ from safetensors.torch import load_file
 
 from spkit import continual
 from spkit.backbone import load
+from spkit.baselines import METHODS as BASELINES
+from spkit.baselines import Bundle
+from spkit.baselines.bundle import with_backbone
+from spkit.baselines.npo import derive_npo
 from spkit.config import load_params
 from spkit.continual import continual_rates, run_stages, stage_seed
 from spkit.data import judge_for, load_eval_prompts, load_harmful_pairs, prepare_backbone
 from spkit.derivation import Patch, derive
+from spkit.errors import SpkitError
 from spkit.evaluation import COLUMNS, evaluate
 from spkit.patching import compose, kept_sets, retention_mask
 from spkit.scoring import score_patch
@@ -27,6 +32,7 @@ MICRO = Path(__file__).parent.parent / "params" / "micro.yaml"
 STAGES = [["colouring"], ["hiding", "gluing"]]
 LABELS = {"safepatching": "SafePatching", "ga": "GA"}
 METHODS = list(LABELS)
+PROMPTS = 16
 CHANGES = {
     "seed": 4,  # not 0, whose stages' seeds would be the stages' numbers
     "backbone.device": "cpu",
@@ -87,11 +93,11 @@ def assert_equal(found, expected):
 # ---- a stage, written out
 
 
-def by_hand(source, config, k, method):
-    """{tensor: weight} after one stage on the model at `source`, from the method's own parts."""
+def derived(source, config, k, categories):
+    """(patches, importances, pairs) of stage k on the model at `source`."""
     seed = 4 * 1000 + k
-    pairs = load_harmful_pairs(config.data, seed=4, categories=STAGES[k - 1])
-    assert {pair.category for pair in pairs} == set(STAGES[k - 1])
+    pairs = load_harmful_pairs(config.data, seed=4, categories=categories)
+    assert {pair.category for pair in pairs} == set(categories)
     model, tokenizer = load(source, quantization="nf4", device="cpu")
     patches, scores = {}, {}
     for name, direction in (("se", "ascent"), ("osm", "descent")):
@@ -102,6 +108,13 @@ def by_hand(source, config, k, method):
         scores[name] = score_patch(
             model, tokenizer, patches[name], pairs, config.importance, seed=seed
         )
+    return patches, scores, pairs
+
+
+def by_hand(source, config, k, method, categories=None):
+    """{tensor: weight} after one stage on the model at `source`, from the method's own parts."""
+    seed = 4 * 1000 + k
+    patches, scores, _ = derived(source, config, k, categories or STAGES[k - 1])
     before, se, osm = weights(source), patches["se"], patches["osm"]
     after = dict(before)
     if method == "ga":
@@ -136,6 +149,114 @@ def test_each_stage_is_the_last_model_and_its_own_patches(method, base, whole, t
     for before, after in ((weights(base), one), (one, two)):
         assert sum(int((after[name] != before[name]).sum()) for name in after) > 50
     assert contents(tmp_path / method) == contents(whole[0] / method)
+
+
+# ---- the other methods, and their settings
+
+
+def first_stage(base, folder, method, setting, **changes):
+    """(config, weights) after the first stage of one method alone."""
+    given = {} if setting is None else {method: setting}
+    config = only(method, continual__stages=STAGES[:1], continual__settings=given, **changes)
+    responses = run(base, folder, config)
+    assert responses["model"].unique().tolist() == [continual.METHODS[method][0]]
+    assert responses["stage"].tolist() == [1] * PROMPTS
+    return config, weights(folder / method / "stage-1" / "model")
+
+
+def patched_by(before, deltas):
+    return before | {name: before[name] + delta for name, delta in deltas.items()}
+
+
+def test_ga_has_its_strength_from_the_settings(base, tmp_path):
+    config, found = first_stage(base, tmp_path, "ga", {"strength": 0.25})
+    se = derived(base, config, 1, STAGES[0])[0]["se"]
+    deltas = {name: 0.25 * se.delta(name) for name in se.factors}
+    assert_equal(found, patched_by(weights(base), deltas))
+
+
+def test_npo_derives_its_own_patch_at_the_strength_of_the_settings(base, tmp_path):
+    short = {"max_steps": 3, "warmup_steps": 1, "learning_rate": 0.02}
+    changes = {f"baselines__npo__{key}": value for key, value in short.items()}
+    config, found = first_stage(base, tmp_path, "npo", {"strength": 0.5}, **changes)
+    pairs = load_harmful_pairs(config.data, seed=4, categories=STAGES[0])
+    model, tokenizer = load(base, quantization="nf4", device="cpu")
+    patch, _ = derive_npo(model, tokenizer, pairs, config, 4001)
+    assert patch.norm() > 0.1
+    deltas = {name: 0.5 * patch.delta(name) for name in patch.factors}
+    assert_equal(found, patched_by(weights(base), deltas))
+
+
+def test_task_arithmetic_adds_both_whole_patches(base, tmp_path):
+    config, found = first_stage(base, tmp_path, "task_arithmetic", {"alpha": 2.0, "beta": 0.5})
+    patches, _, _ = derived(base, config, 1, STAGES[0])
+    se, osm = patches["se"], patches["osm"]
+    deltas = {name: 2.0 * se.delta(name) + 0.5 * osm.delta(name) for name in se.factors}
+    assert_equal(found, patched_by(weights(base), deltas))
+
+
+def test_balanced_asks_the_unquantised_model_about_the_stages_pairs(base, tmp_path):
+    setting = {"retention_rate": 0.9, "top_rate_se": 0.3, "top_rate_osm": 0.7, "beta": 1.3}
+    setting |= {"target": 7.0}  # the losses of this backbone are near 6 nats
+    config, found = first_stage(base, tmp_path, "balanced", setting)
+    patches, scores, pairs = derived(base, config, 1, STAGES[0])
+    model, tokenizer = load(base, device="cpu")
+    bundle = Bundle(patches, scores, config.patching)
+    bundle = with_backbone(bundle, model, tokenizer, pairs, config, seed=4001)
+    deltas = BASELINES["SafePatching, balanced"].deltas(bundle, setting, 4001)
+    assert_equal(found, patched_by(weights(base), deltas))
+    reached = bundle.first_token_losses(deltas).quantile(0.05)
+    bare = bundle.first_token_losses({}).quantile(0.05)
+    assert bare < 7.0 <= reached + 1e-4
+
+
+@pytest.mark.parametrize(
+    ("method", "label", "key"),
+    [
+        ("ga", "GA", "strength"),
+        ("npo", "NPO", "strength"),
+        ("task_arithmetic", "Task Arithmetic", "beta"),
+        ("balanced", "SafePatching, balanced", "retention_rate"),
+    ],
+)
+def test_a_method_without_its_setting_is_an_error(method, label, key, base, tmp_path):
+    short = {"max_steps": 1, "warmup_steps": 0}
+    changes = {f"derivation__{d}__{k}": v for d in ("ascent", "descent") for k, v in short.items()}
+    changes |= {f"baselines__npo__{k}": v for k, v in short.items()}
+    with pytest.raises(SpkitError, match=f"^{label} lacks the setting '{key}'"):
+        first_stage(base, tmp_path, method, None, **changes)
+    assert not (tmp_path / method / "stage-1").exists()
+
+
+def test_joint_training_starts_from_the_base_with_the_pairs_of_all_stages_so_far(base, tmp_path):
+    config = only("joint")
+    responses = run(base, tmp_path, config)
+    assert responses["model"].unique().tolist() == ["joint training"]
+    both = [category for stage in STAGES for category in stage]
+    expected = by_hand(base, config, 2, "safepatching", both)
+    assert_equal(weights(tmp_path / "joint" / "stage-2" / "model"), expected)
+    for k, categories in enumerate((STAGES[0], both), start=1):
+        about = json.loads((tmp_path / "joint" / f"stage-{k}" / "stage.json").read_text())
+        assert about["categories"] == categories
+
+
+def test_the_first_stage_of_joint_training_is_safepatchings(base, whole, tmp_path):
+    responses = run(base, tmp_path, only("joint", continual__stages=STAGES[:1]))
+    first = whole[1].query("model == 'SafePatching' and stage == 1")
+    assert responses["response"].tolist() == first["response"].tolist()
+    again = by_hand(base, only("joint"), 1, "safepatching")
+    assert_equal(weights(tmp_path / "joint" / "stage-1" / "model"), again)
+
+
+def test_every_method_of_the_config_is_known_and_has_a_baseline():
+    listed = settings(continual__methods=list(continual.METHODS)).continual.methods
+    assert listed == ["safepatching", "ga", "npo", "task_arithmetic", "balanced", "joint"]
+    assert all(name in BASELINES for _, name in continual.METHODS.values())
+    with pytest.raises(SpkitError, match="continual.methods"):
+        settings(continual__methods=["dpo"])
+    # what the defaults set is what each method asks for
+    for method, setting in settings().continual.settings.items():
+        assert setting.keys() == BASELINES[continual.METHODS[method][1]].space.keys()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -248,7 +369,6 @@ def announced(capsys):
     return [line.partition(":")[0] for line in lines if " of 2: " in line]
 
 
-PROMPTS = 16
 ALL = [f"{label}, stage {k} of 2" for label in LABELS.values() for k in (1, 2)]
 
 

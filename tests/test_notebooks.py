@@ -42,7 +42,7 @@ from spkit.validation import dotted_keys
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = ROOT / "notebooks"
 MICRO = ROOT / "params" / "micro.yaml"
-BACKBONE, DERIVATION, IMPORTANCE, PATCHING, CONTINUAL = STAGES
+BACKBONE, DERIVATION, IMPORTANCE, PATCHING, CONTINUAL, COMPARISON = STAGES
 TOKEN = "hf_NobodysTokenForTheTests0123456789"
 # offline: the sandbox needs no download. PYTHONPATH: the code beside these tests is what runs
 ENVIRONMENT = os.environ | {
@@ -413,7 +413,7 @@ def test_a_changed_evaluation_reruns_what_it_touches_and_no_derivation(walkthrou
     for stage in STAGES:
         own = [path for path in changed.before if stage in path.relative_to(run).as_posix()]
         assert len(own) > 5  # results and executed notebook
-        if stage in (DERIVATION, IMPORTANCE):
+        if stage in (DERIVATION, IMPORTANCE, COMPARISON):
             assert all(changed.after.get(path) == changed.before[path] for path in own)
         else:
             record = run / stage / "record.json"

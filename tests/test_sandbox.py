@@ -5,12 +5,14 @@ world says of a sentence (its item, its phrasing, its answer) is held against th
 The rates, shares and table sizes that may be tuned are read from the world, not repeated here.
 """
 
+import hashlib
+import json
 import os
 import re
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 
@@ -35,6 +37,18 @@ RECIPE = load_params(ROOT / "params/micro.yaml").sandbox
 EVERYTHING = 10**6  # per cell: the whole pool
 TEST_GROUPS = ("seen", "unseen", "harmless", "utility")
 TOKENIZER = build_tokenizer()
+
+
+FROZEN = {2: "0ab7b32d1bb704cbf792bbaf435d9707152577c60af95ddd49a097c5bac1841e"}
+
+
+def test_the_benchmark_is_frozen_by_its_version():
+    """Whoever changes a word, a template, a split or a rate gives the world a new version."""
+    parts = [asdict(p) for split in ("dev", "test") for p in eval_prompts(split)]
+    parts += [asdict(pair) for pair in harmful_pairs(seed=0)]
+    parts += [TrainingMix(phase, 0).batch(200) for phase in ("pretrain", "align")]
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    assert digest == FROZEN[world.WORLD_VERSION]
 
 
 # ---- an independent reading of the village's sentences -------------------------------------------

@@ -13,7 +13,7 @@ from spkit.errors import SpkitError
 from spkit.evaluation import COLUMNS
 from spkit.runs import STAGES, run_folder, stage_folder
 
-BACKBONE, DERIVATION, IMPORTANCE, PATCHING, CONTINUAL = STAGES
+BACKBONE, DERIVATION, IMPORTANCE, PATCHING, CONTINUAL, COMPARISON = STAGES
 HEADER = ",".join(COLUMNS)
 
 

@@ -14,8 +14,9 @@ from spkit.config import PatchingConfig
 from spkit.derivation import Patch
 from spkit.errors import SpkitError
 
-# shared, so that no method is given a wider search than another
-STRENGTHS = {"alpha": ("log", 0.1, 8.0), "beta": ("log", 0.05, 4.0)}
+# shared, so that no method is given a wider search than another; where two patches are opposed, the
+# ratio of their strengths decides more than either
+STRENGTHS = {"beta": ("log", 0.05, 4.0), "alpha": ("ratio", "beta", 0.25, 8.0)}
 STRENGTH = {"strength": ("log", 0.02, 2.0)}
 
 
@@ -49,8 +50,9 @@ class Method:
     """One method of the comparison.
 
     name: as in every table. paper: a short citation with the arXiv id.
-    space: what a search may choose, by key: ("log", low, high), ("uniform", low, high) or
-        ("choice", v1, v2, ...). A setting is {key: value} with exactly these keys.
+    space: what a search may choose, by key: ("log", low, high), ("uniform", low, high),
+        ("choice", v1, v2, ...) or ("ratio", key before it, low, high): that key's value times a
+        number from a log scale. A setting is {key: value} with exactly these keys.
     deltas: (bundle, setting, mask_seed) -> {tensor name: merged delta fp32 [out, in]}, on the CPU;
         SpkitError for a wrong setting or a patch that is not there.
     needs: which patches of the bundle it reads. masks: whether the result depends on mask_seed.

@@ -18,7 +18,10 @@ from spkit.experiment.budget import BUDGETS, budget_of
 from spkit.experiment.plan import plan
 from spkit.files import make_folder, save_csv
 from spkit.machine import git_state, hardware, versions
+from spkit.notebook import why_failed
+from spkit.runs import NOTEBOOKS
 
+NOTEBOOK = "05_comparison.ipynb"
 REFERENCE_STEP = 0.25  # seconds of a training step of the sandbox backbone where plan.py was timed
 
 
@@ -50,6 +53,27 @@ def run(config: Config, budget_name: str, jobs: int) -> Path:
     tables.write(places, made, draws=budget.draws, confidence=config.evaluation.confidence)
     save_csv(made / "about.csv", about(config, budget_name))
     return made
+
+
+def show(config: Config, made: Path) -> Path | None:
+    """Execute notebook 05 on the tables in `made`; returns its copy, beside their folder.
+
+    None where the working folder is not the repository's root, as there is no notebook then.
+    """
+    source, executed = NOTEBOOKS / NOTEBOOK, made.parent / NOTEBOOK
+    if not source.is_file():
+        return None
+    import papermill
+
+    values = config.model_dump(mode="json")
+    values["comparison"]["tables"] = str(made)
+    try:
+        papermill.execute_notebook(
+            source, executed, values, kernel_name="python3", progress_bar=False
+        )
+    except papermill.exceptions.PapermillExecutionError:
+        raise SpkitError(why_failed(executed)) from None
+    return executed
 
 
 def about(config: Config, budget_name: str) -> pd.DataFrame:
@@ -102,7 +126,10 @@ def main(arguments: list[str] | None = None) -> None:
     if given.tables:
         print(folder_of(config, given.budget) / "tables")
         return
-    print(f"Tables: {run(config, given.budget, given.jobs)}")
+    made = run(config, given.budget, given.jobs)
+    print(f"Tables: {made}", flush=True)
+    executed = show(config, made)
+    print(f"Figures and conclusions: {executed or f'notebooks/{NOTEBOOK}, on comparison.tables'}")
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ BUDGETS = {
         continual_seeds=1, orders=2, costs=99, draws=10_000,
     ),
     "full": Budget(
-        backbones=5, derivations=2, masks=4, trials=60, tune_cell=40, sweep_cell=40, test_cell=200,
+        backbones=5, derivations=2, masks=4, trials=90, tune_cell=40, sweep_cell=40, test_cell=200,
         fronts=3, sweep_seeds=2, size_seeds=1, sizes=SIZES,
         continual_seeds=1, orders=6, costs=99, draws=10_000,
     ),

@@ -9,6 +9,7 @@ again. What is in the folders, and why, is not known here.
 import hashlib
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -79,6 +80,10 @@ def run(units: list[Unit], root: str | Path, *, jobs: int, label: str) -> dict[s
         return folders
     done = {unit.name for unit in units} - {unit.name for unit in waiting}
     bar = tqdm(total=round(sum(u.seconds for u in waiting)), desc=label, unit="s", smoothing=0.05)
+    # in the workers' environment before they start: tqdm reads it when it is imported
+    hushed = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    before = {key: os.environ.get(key) for key in hushed}
+    os.environ.update(hushed)
     # spawn: a fork of a process in which torch has run may hang
     pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_quiet)
     running: dict = {}
@@ -100,21 +105,33 @@ def run(units: list[Unit], root: str | Path, *, jobs: int, label: str) -> dict[s
                     raise SpkitError(f"{unit.name} failed: {error}") from error
                 done.add(unit.name)
                 bar.update(round(unit.seconds))
+    except BaseException:
+        # after Ctrl-C or an error nobody waits for what still runs; shutdown forgets the processes
+        for process in list((pool._processes or {}).values()):
+            process.terminate()
+        raise
     finally:
         bar.close()
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in list(getattr(pool, "_processes", None) or {}.values()):
-            process.terminate()  # after Ctrl-C or an error nobody waits for what still runs
+        for key, value in before.items():
+            os.environ.pop(key) if value is None else os.environ.update({key: value})
+        pool.shutdown(cancel_futures=True)
     return folders
 
 
 def _quiet() -> None:
     """In a worker: no bars and no news, which would tear the experiment's own bar apart."""
-    os.environ["TQDM_DISABLE"] = "1"
-    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-    import warnings
+    # whatever the libraries were told on import, and however they write
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
+    parent = os.getppid()
 
-    warnings.filterwarnings("ignore")
+    def end_with_parent() -> None:
+        while os.getppid() == parent:
+            time.sleep(2)
+        os._exit(1)  # the experiment was killed, and nobody waits for this unit any more
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _do(unit: Unit, folder: Path, needed: dict[str, Path]) -> None:

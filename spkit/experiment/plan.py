@@ -50,6 +50,8 @@ _TRAIN, _DERIVE_ALL, _RESCORE, _ANSWER, _LOAD = 250.0, 40.0, 4.0, 2.0, 4.0
 
 def plan(config: Config, budget: Budget) -> list[Unit]:
     """All units, each after those that it needs."""
+    usual = Config()  # where results lie, and which are shown, is no reason to repeat a unit
+    config = config.model_copy(update={"outputs": usual.outputs, "comparison": usual.comparison})
     units: list[Unit] = []
     seeds = range(budget.backbones)
 

@@ -59,6 +59,7 @@ class Tables:
 
     def __init__(self, places: Mapping[str, Path], draws: int, confidence: float):
         self.places, self.draws, self.confidence = places, draws, confidence
+        self._compared: dict[str, dict[tuple, Outcomes]] = {}
 
     def table(self, name: str) -> pd.DataFrame:
         """One table by its name (TABLES)."""
@@ -69,27 +70,27 @@ class Tables:
     def methods(self) -> pd.DataFrame:
         """Every method's rates: tuned (for which score), score (by which counted), metric."""
         return self._over_metrics(
-            self._methods(), lambda outcomes, draws: summary(outcomes, draws, self.confidence)
+            self._of("methods"), lambda outcomes, draws: summary(outcomes, draws, self.confidence)
         )
 
     def differences(self) -> pd.DataFrame:
         """Every method minus base, Holm-corrected within tuned, score and metric."""
         return self._over_metrics(
-            self._methods(),
+            self._of("methods"),
             lambda outcomes, draws: paired(outcomes, draws, BASE, self.confidence),
         )
 
     def against(self) -> pd.DataFrame:
         """Every method minus SafePatching."""
         return self._over_metrics(
-            self._methods(),
+            self._of("methods"),
             lambda outcomes, draws: paired(outcomes, draws, SAFEPATCHING, self.confidence),
         )
 
     def per_backbone(self) -> pd.DataFrame:
         """Every method minus base on each backbone, with the interval of that backbone alone."""
         return self._over_metrics(
-            self._methods(),
+            self._of("methods"),
             lambda outcomes, draws: per_backbone(outcomes, draws, BASE, self.confidence),
         )
 
@@ -123,14 +124,14 @@ class Tables:
     def ablations(self) -> pd.DataFrame:
         """SafePatching with parts changed, at the setting tuned by the paper's score."""
         return self._over_metrics(
-            self._answers("ablations"),
+            self._of("ablations"),
             lambda outcomes, draws: summary(outcomes, draws, self.confidence),
         )
 
     def ablation_differences(self) -> pd.DataFrame:
         """Every ablation minus SafePatching."""
         return self._over_metrics(
-            self._answers("ablations"),
+            self._of("ablations"),
             lambda outcomes, draws: paired(outcomes, draws, SAFEPATCHING, self.confidence),
         )
 
@@ -141,13 +142,13 @@ class Tables:
         answers = self._methods()
         answers = answers[answers["variant"].isin([BASE, SAFEPATCHING])]
         frames = []
-        for metric in (*GAINS[:2], GAINS[2], "broken on harmful"):
+        for metric in (*GAINS, "broken on harmful"):
             groups = METRICS[metric][0]
             of_metric = answers[answers["group"].isin(groups)]
             for by in ("phrasing", "category"):
                 for cell, part in of_metric.groupby(by, observed=True):
                     rates = self._over_metrics(
-                        part, lambda o, d: summary(o, d, self.confidence), [metric]
+                        _by_metric(part, [metric]), lambda o, d: summary(o, d, self.confidence)
                     )
                     frames.append(rates.assign(by=by, cell=cell))
         return pd.concat(frames, ignore_index=True)
@@ -284,22 +285,37 @@ class Tables:
         rest = answers[answers["tuned"] != ""]
         return pd.concat([*(base.assign(tuned=score) for score in SCORES), rest])
 
+    def _of(self, part: str) -> dict[tuple, Outcomes]:
+        """_by_metric of the methods' or the ablations' answers; several tables share it."""
+        if part not in self._compared:
+            answers = self._methods() if part == "methods" else self._answers(part)
+            self._compared[part] = _by_metric(answers, METRICS)
+        return self._compared[part]
+
     def _draws(self, outcomes: Outcomes):
         _, backbones, derivations, masks, items = outcomes.values.shape
         return resample(backbones, derivations, masks, items, draws=self.draws, seed=0)
 
-    def _over_metrics(self, answers, table, metrics: Iterable[str] = METRICS) -> pd.DataFrame:
+    def _over_metrics(self, compared: Mapping[tuple, Outcomes], table) -> pd.DataFrame:
+        """table(outcomes, draws) of each, one below the other, with what they are of in front."""
         frames = []
-        for tuned, part in answers.groupby("tuned", observed=True):
-            for score in SCORES:
-                for metric in metrics:
-                    outcomes = _outcomes(part, metric, score)
-                    frame = table(outcomes, self._draws(outcomes))
-                    frame.insert(0, "metric", metric)
-                    frame.insert(0, "score", score)
-                    frame.insert(0, "tuned", str(tuned))
-                    frames.append(frame)
+        for (tuned, score, metric), outcomes in compared.items():
+            frame = table(outcomes, self._draws(outcomes))
+            frame.insert(0, "metric", metric)
+            frame.insert(0, "score", score)
+            frame.insert(0, "tuned", tuned)
+            frames.append(frame)
         return pd.concat(frames, ignore_index=True)
+
+
+def _by_metric(answers: pd.DataFrame, metrics: Iterable[str]) -> dict[tuple, Outcomes]:
+    """{(tuned for which score, counted by which, metric): outcomes}."""
+    return {
+        (str(tuned), score, metric): _outcomes(part, metric, score)
+        for tuned, part in answers.groupby("tuned", observed=True)
+        for score in SCORES
+        for metric in metrics
+    }
 
 
 def _outcomes(answers: pd.DataFrame, metric: str, score: str) -> Outcomes:

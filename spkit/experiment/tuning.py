@@ -15,6 +15,7 @@ No test prompt is read here. A method with one parameter gets as many trials as 
 """
 
 import json
+import warnings
 from collections.abc import Callable, Mapping
 
 import pandas as pd
@@ -23,6 +24,7 @@ from spkit.experiment.arena import SCORES, failures
 
 ENOUGH = 0.8  # a rate that has fallen to this share of base's is safely below it
 FREE_UTILITY_LOSS = 1.0  # percentage points
+NO_GAIN = 1e-9  # of the area: a dominated setting adds 0, but for the last digit of a sum
 RANDOM_TRIALS = 10  # of each study; the same ones under both scores
 
 
@@ -52,17 +54,20 @@ def search(
     """{score: all trials}: trial, setting (JSON), cost, and the mean failure rates of that score.
 
     ask(setting) gives the shares of verdicts (arena.shares) for each backbone; base is the same for
-    no patch. Settings are rounded to two digits, so that a table shows what was run.
+    no patch. Settings are rounded to three digits, so that a table shows what was run.
     """
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     asked: list[tuple[dict, list[dict[str, float]]]] = []
     known: dict[str, list[dict[str, float]]] = {}
     distributions: list[tuple[dict, dict]] = []
     shares_of_trials = {"paper": trials - trials // 3, "strict": trials // 3}
     for score, count in shares_of_trials.items():
-        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=RANDOM_TRIALS)
+        sampler = optuna.samplers.TPESampler(
+            seed=seed, n_startup_trials=RANDOM_TRIALS, multivariate=True
+        )
         study = optuna.create_study(sampler=sampler)
         for (_, found), (parameters, kinds) in zip(asked, distributions, strict=True):
             study.add_trial(
@@ -74,7 +79,9 @@ def search(
             )
         for _ in range(count):
             trial = study.ask()
-            setting = {key: _suggest(trial, key, domain) for key, domain in space.items()}
+            setting: dict[str, float] = {}
+            for key, domain in space.items():
+                setting[key] = _suggest(trial, key, domain, setting)
             key = json.dumps(setting)
             if key not in known:
                 known[key] = ask(setting)
@@ -125,15 +132,19 @@ def front(trials: pd.DataFrame, count: int, base_lost: float) -> list[dict[str, 
         area = hypervolume([p[:2] for p in chosen]) if chosen else 0.0
         gains = [hypervolume([*(p[:2] for p in chosen), q[:2]]) - area for q in points]
         best = max(range(len(points)), key=gains.__getitem__)
-        if gains[best] <= 0 and chosen:
+        if gains[best] < NO_GAIN and chosen:
             break
         chosen.append(points.pop(best))
     return [json.loads(setting) for *_, setting in chosen]
 
 
-def _suggest(trial, key: str, domain: tuple) -> float:
+def _suggest(trial, key: str, domain: tuple, chosen: Mapping[str, float]) -> float:
     kind, *values = domain
     if kind == "choice":
         return trial.suggest_categorical(key, values)
+    if kind == "ratio":
+        other, low, high = values
+        ratio = trial.suggest_float(f"{key}/{other}", low, high, log=True)
+        return float(f"{ratio * chosen[other]:.3g}")
     value = trial.suggest_float(key, values[0], values[1], log=kind == "log")
-    return min(max(float(f"{value:.2g}"), values[0]), values[1])
+    return min(max(float(f"{value:.3g}"), values[0]), values[1])
