@@ -147,18 +147,26 @@ class ImportanceConfig(Section):
 
 
 class PatchingConfig(Section):
-    retention_rate: Rate = Field(0.3, description="p: a delta is kept with it [paper; value ours]")
+    retention_rate: Rate = Field(0.6, description="p: a delta is kept with it [paper; value ours]")
     rescale: bool = Field(False, description="divide the kept deltas by p, as DARE does [ours]")
-    top_rate_se: Rate = Field(0.14, description="a: top rate of the SE patch [paper; value ours]")
-    top_rate_osm: Rate = Field(0.37, description="b: top rate of the OSM patch [paper; value ours]")
+    top_rate_se: Rate = Field(0.4, description="a: top rate of the SE patch [paper; value ours]")
+    top_rate_osm: Rate = Field(0.71, description="b: top rate of the OSM patch [paper; value ours]")
     scope: Literal["matrix", "global"] = Field(
         "matrix", description="top rates per weight matrix, or over all of them [ours]"
     )
     order: Literal["rank_all", "rank_retained"] = Field(
         "rank_all", description="top rates count all weights [paper] or the retained ones [ours]"
     )
-    alpha: float = Field(5.0, ge=0, le=1000, description="strength of SE [paper; value ours]")
-    beta: float = Field(1.9, ge=0, le=1000, description="strength of OSM [paper; value ours]")
+    balance: float | None = Field(
+        0.959,
+        gt=0,
+        le=100,
+        description="nats: alpha is found so that D_h is unlearnt by so much; null: as set [ours]",
+    )
+    alpha: float = Field(
+        3.0, ge=0, le=1000, description="strength of SE; found, if balance is set [paper]"
+    )
+    beta: float = Field(1.71, ge=0, le=1000, description="strength of OSM [paper; value ours]")
     scale: Literal["plain", "norm_matched"] = Field(
         "norm_matched",
         description="norm_matched: alpha = value x |P| / |kept P|, same for beta [ours]",

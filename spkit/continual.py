@@ -26,6 +26,7 @@ from torch import Tensor
 
 from spkit.ablations import SAFEPATCHING, Variants
 from spkit.backbone import load, patched
+from spkit.balancing import balanced
 from spkit.baselines import METHODS as BASELINES
 from spkit.baselines.balanced import NAME as BALANCED
 from spkit.baselines.bundle import make_bundle, with_backbone
@@ -61,13 +62,14 @@ def stage_deltas(
     )
     _, name = METHODS[method]
     bundle = make_bundle(model, tokenizer, pairs, config, seed=seed, needs=BASELINES[name].needs)
+    if name == BALANCED or (name == SAFEPATCHING and config.patching.balance is not None):
+        model, tokenizer = load(source, **config.backbone.loading)  # unquantised
+        bundle = with_backbone(bundle, model, tokenizer, pairs, config, seed=seed)
     if name == SAFEPATCHING:
         patches = (bundle.patches["se"], bundle.patches["osm"])
         scores = (bundle.scores["se"], bundle.scores["osm"])
-        return Variants(*patches, *scores, config.patching, seed).deltas(SAFEPATCHING)
-    if name == BALANCED:  # it asks the unquantised model
-        model, tokenizer = load(source, **config.backbone.loading)
-        bundle = with_backbone(bundle, model, tokenizer, pairs, config, seed=seed)
+        variants = Variants(*patches, *scores, config.patching, seed)
+        return balanced(variants, bundle.first_token_losses).deltas(SAFEPATCHING)
     return BASELINES[name].deltas(bundle, config.continual.settings.get(method, {}), seed)
 
 

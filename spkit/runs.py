@@ -48,7 +48,7 @@ _MODEL = ("backbone", "sandbox", "data")
 _CODE = ("backbone.py", "chat.py", "data.py", "examples.py", "plots.py", "sandbox/**/*")
 _DERIVE = (*_CODE, "derivation.py")
 _SCORE = (*_DERIVE, "importance.py", "scoring.py")
-_PATCH = (*_SCORE, "patching.py", "ablations.py", "evaluation.py")
+_PATCH = (*_SCORE, "patching.py", "ablations.py", "balancing.py", "evaluation.py")
 STAGES = {
     "00_backbone": Stage((*_MODEL, "evaluation"), (), (*_CODE, "evaluation.py"), True),
     "01_patch_derivation": Stage((*_MODEL, "derivation"), ("00_backbone",), _DERIVE),

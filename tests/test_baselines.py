@@ -14,8 +14,9 @@ import torch.nn.functional as F
 
 from spkit import importance
 from spkit.backbone import patched
+from spkit.balancing import HIGHEST, LOWEST, balance
 from spkit.baselines import METHODS, Bundle, balanced, npo
-from spkit.baselines.balanced import HIGHEST, LOWEST, balance, balanced_deltas
+from spkit.baselines.balanced import balanced_deltas
 from spkit.baselines.bundle import load_bundle, make_bundle, save_bundle, with_backbone
 from spkit.baselines.npo import answer_nll, derive_npo, npo_loss
 from spkit.chat import encode_pair

@@ -48,6 +48,7 @@ CHANGES = {
     "patching.beta": 20.0,
     "evaluation.prompts_per_cell": 4,
     "continual.stages": STAGES,
+    "patching.balance": None,
 }
 
 

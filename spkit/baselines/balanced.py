@@ -1,23 +1,16 @@
-"""Balanced strengths: beta is set, and alpha is found on D_h, separately for every backbone.
-
-    alpha = the smallest strength of SE at which nearly all calibration pairs are unlearnt:
-            quantile_5%( -log p(first token of y | x) ) of theta + alpha * P_SE + beta * P_OSM
-            is at least `target` nats
+"""SafePatching and Task Arithmetic with balanced strengths: alpha is found on D_h (balancing.py).
 
 An extension of ours, beyond SafePatching (Zhao et al., arXiv 2405.13820) and Task Arithmetic
-(Ilharco et al., arXiv 2212.04089), and therefore rows of its own in every table. Why: the two
-patches are large and opposed, and which of them wins at a fixed alpha differs from backbone to
-backbone; but harm, unlike over-safety, can be measured on D_h itself. No evaluation prompt is read.
-The first token stands for the answer because refusing is decided there (Qi et al., arXiv
-2406.05946).
+(Ilharco et al., arXiv 2212.04089), and therefore rows of its own in every table. In place of alpha
+its target is searched: the nats that the first answer token's loss must reach on nearly all pairs.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from spkit.ablations import SAFEPATCHING
+from spkit.balancing import balanced_alpha
 from spkit.baselines import safepatching, task_arithmetic
 from spkit.baselines.method import STRENGTHS, Bundle, Method, check_setting
 from spkit.errors import SpkitError
@@ -26,24 +19,6 @@ NAME, SUM_NAME = f"{SAFEPATCHING}, balanced", "Task Arithmetic, balanced"
 TARGET = {"target": ("log", 0.3, 4.0)}  # nats; ln 2 is where the answer is as likely as not
 SPACE = {key: value for key, value in safepatching.SPACE.items() if key != "alpha"} | TARGET
 SUM_SPACE = {"beta": STRENGTHS["beta"], **TARGET}
-QUANTILE, LOWEST, HIGHEST, HALVINGS = 0.05, 0.02, 20.0, 8
-
-
-def balance(loss_at: Callable[[float], float], target: float) -> float:
-    """The smallest strength with loss_at(strength) >= target, by bisection on a log scale.
-
-    Within 3 % (8 halvings of [0.02, 20]); HIGHEST where even that does not reach the target.
-    """
-    low, high = LOWEST, HIGHEST
-    if loss_at(high) < target:
-        return high
-    for _ in range(HALVINGS):
-        middle = (low * high) ** 0.5
-        if loss_at(middle) >= target:
-            high = middle
-        else:
-            low = middle
-    return high
 
 
 def balanced_deltas(
@@ -52,14 +27,8 @@ def balanced_deltas(
     """alpha * se + osm for every weight matrix, alpha found on the bundle's calibration pairs."""
     if bundle.first_token_losses is None:
         raise SpkitError("Balancing needs a bundle with `first_token_losses`; this one has none.")
-
-    def at(alpha: float) -> dict[str, Tensor]:
-        return {name: alpha * delta + osm[name] for name, delta in se.items()}
-
-    def loss_at(alpha: float) -> float:
-        return torch.quantile(bundle.first_token_losses(at(alpha)), QUANTILE).item()
-
-    return at(balance(loss_at, target))
+    alpha = balanced_alpha(bundle.first_token_losses, se, osm, target)
+    return {name: alpha * delta + osm[name] for name, delta in se.items()}
 
 
 def deltas(bundle: Bundle, setting: Mapping[str, float], mask_seed: int) -> dict[str, Tensor]:

@@ -8,20 +8,15 @@ is never published. What this file does not do: combine anything (the methods do
 whether a bundle that lies on the disk is still up to date.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from spkit import importance
-from spkit.backbone import patched
+from spkit.balancing import first_token_losses
 from spkit.baselines.method import Bundle
 from spkit.baselines.npo import derive_npo
-from spkit.chat import answer_loss, collate, encode_pair
 from spkit.config import Config, PatchingConfig
-from spkit.data import sample
 from spkit.derivation import NAMES, Patch, derive
 from spkit.errors import SpkitError
 from spkit.examples import HarmfulPair
@@ -70,20 +65,9 @@ def with_backbone(
 
     The pairs are those of the importances: `importance.samples` of `pairs`, drawn with `seed`.
     """
-    chosen = sample(list(pairs), config.importance.samples, seed)
-    encoded = [encode_pair(tokenizer, p.prompt, p.response) for p in chosen]
-    batch = collate(encoded, tokenizer.pad_token_id)
-    device = model.get_input_embeddings().weight.device
-    inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
-    labels = batch["labels"].to(device)
-
-    @torch.inference_mode()
-    def losses(deltas: Mapping[str, Tensor]) -> Tensor:
-        with patched(model, deltas):
-            by_token, mask = answer_loss(model(**inputs).logits, labels)
-        first = mask.long().argmax(dim=1, keepdim=True)
-        return by_token.gather(1, first).squeeze(1).float().cpu()
-
+    losses = first_token_losses(
+        model, tokenizer, pairs, samples=config.importance.samples, seed=seed
+    )
     return replace(bundle, first_token_losses=losses)
 
 

@@ -1,7 +1,7 @@
 """The plan of the experiment: which units there are at one budget, and what each needs.
 
 Read from top to bottom it is the experiment: backbones, bundles, tuning on dev, answers on test,
-then sweeps, sizes, continual stages and costs. Nothing is run here (graph.py).
+then sweeps, sizes, costs and continual stages. Nothing is run here (graph.py).
 """
 
 import itertools
@@ -39,10 +39,11 @@ RETENTION_RATES = (0.05, 0.1, 0.3, 0.6, 0.9, 1.0)
 
 _MODEL = ("backbone.py", "chat.py", "data.py", "examples.py", "sandbox/*.py")
 _DERIVE = (*_MODEL, "derivation.py", "importance.py", "scoring.py", "baselines/*.py")
-_COMBINE = (*_DERIVE, "patching.py", "ablations.py", "evaluation.py")
+_COMBINE = (*_DERIVE, "patching.py", "ablations.py", "balancing.py", "evaluation.py")
 _STUDY = (*_COMBINE, "experiment/steps.py", "experiment/arena.py", "experiment/variants.py")
 _TUNE = (*_STUDY, "experiment/tuning.py")
 _CONTINUAL = (*_STUDY, "continual.py")
+_COST = (*_STUDY, "experiment/cost.py")
 
 # seconds on the reference machine (README): for the prediction alone
 _TRAIN, _DERIVE_ALL, _RESCORE, _ANSWER, _LOAD = 250.0, 40.0, 4.0, 2.0, 4.0
@@ -118,22 +119,6 @@ def plan(config: Config, budget: Budget) -> list[Unit]:
     for seed in seeds:
         answers(seed, 0, 0, "fronts", 2 * len(METHODS) * budget.fronts)
 
-    # ---- continual stages
-    stages = config.continual.stages
-    for seed, method in itertools.product(range(budget.continual_seeds), CONTINUAL_METHODS):
-        orders = list(itertools.permutations(range(len(stages))))
-        orders = [orders[0], orders[-1], *orders[1:-1]][: budget.orders]  # as given, then reversed
-        for number, order in enumerate(orders):
-            unit = tuned[CONTINUAL_METHODS[method][1]]
-            over = {"stages": [stages[i] for i in order], "methods": [method]}
-            add(
-                f"continual/{method}/order-{number}-seed-{seed}", steps.continual, _CONTINUAL,
-                [backbone(USUAL, seed), unit], _LOAD + len(stages) * (0.6 * _DERIVE_ALL + _ANSWER),
-                config=changed(config, seed=seed, **{f"continual.{k}": v for k, v in over.items()}),
-                backbone_unit=backbone(USUAL, seed), tuned=unit, order=number,
-                per_cell=budget.test_cell,
-            )  # fmt: skip
-
     # ---- sweeps of SafePatching on dev
     for seed, (name, points) in itertools.product(range(budget.sweep_seeds), SWEEPS.items()):
         sources = {kind: bundle(USUAL, seed, 0, kind) for _, kind in points}
@@ -164,8 +149,24 @@ def plan(config: Config, budget: Budget) -> list[Unit]:
     # ---- seconds and memory
     for name in list(METHODS)[: budget.costs]:
         add(
-            f"costs/{slug(name)}", steps.cost, _STUDY, [models[0], tuned[name]], seconds=35.0,
+            f"costs/{slug(name)}", steps.cost, _COST, [models[0], tuned[name]], seconds=35.0,
             config=config, backbone_unit=models[0], tuned=tuned[name], method=name,
+        )  # fmt: skip
+    # ---- continual stages, order after order, so that the first orders are there early
+    stages = config.continual.stages
+    orders = list(itertools.permutations(range(len(stages))))
+    orders = [orders[0], orders[-1], *orders[1:-1]][: budget.orders]  # as given, then reversed
+    for (number, order), seed, method in itertools.product(
+        enumerate(orders), range(budget.continual_seeds), CONTINUAL_METHODS
+    ):
+        unit = tuned[CONTINUAL_METHODS[method][1]]
+        over = {"stages": [stages[i] for i in order], "methods": [method]}
+        add(
+            f"continual/{method}/order-{number}-seed-{seed}", steps.continual, _CONTINUAL,
+            [backbone(USUAL, seed), unit], _LOAD + len(stages) * (0.6 * _DERIVE_ALL + _ANSWER),
+            config=changed(config, seed=seed, **{f"continual.{k}": v for k, v in over.items()}),
+            backbone_unit=backbone(USUAL, seed), tuned=unit, order=number,
+            per_cell=budget.test_cell,
         )  # fmt: skip
     return units
 

@@ -261,7 +261,9 @@ def continual(
     (method,) = config.continual.methods
     chosen = settings(places[tuned])["paper"]["setting"]
     if CONTINUAL_METHODS[method][1] == SAFEPATCHING:
-        patching = config.patching.model_copy(update={**chosen, "scale": "norm_matched"})
+        patching = config.patching.model_copy(
+            update={**chosen, "scale": "norm_matched", "balance": None}
+        )
         config = config.model_copy(update={"patching": patching})
     else:
         stages = config.continual.model_copy(update={"settings": {method: chosen}})

@@ -1,0 +1,100 @@
+"""Balanced strengths: beta is set, alpha is found on D_h, anew for every backbone [ours].
+
+    alpha = the smallest strength of SE at which nearly all calibration pairs are unlearnt:
+            quantile_5%( -log p(first token of y | x) ) of theta + alpha * P_SE + beta * P_OSM
+            is at least `balance` nats                                  docs/method.md, section 4
+
+Why: the two kept patches are large and opposed, and which of them wins at a fixed alpha differs
+from backbone to backbone. Harm, unlike over-safety, can be measured on D_h itself. No evaluation
+prompt is read. The first token stands for the answer, because refusing is decided there (Qi et
+al., arXiv 2406.05946).
+
+What this file does not do: choose beta or the top rates, or evaluate.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from spkit.ablations import SAFEPATCHING, Variants
+from spkit.backbone import patched
+from spkit.chat import answer_loss, collate, encode_pair
+from spkit.data import sample
+from spkit.examples import HarmfulPair
+
+QUANTILE = 0.05
+LOWEST, HIGHEST, HALVINGS = 0.02, 20.0, 8
+
+Losses = Callable[[Mapping[str, Tensor]], Tensor]  # {tensor name: delta} -> nats, fp32 [pairs]
+
+
+def first_token_losses(
+    model, tokenizer, pairs: Sequence[HarmfulPair], *, samples: int, seed: int
+) -> Losses:
+    """The loss of the first answer token of model + deltas on D_h, one value a pair, in nats.
+
+    model: the bare backbone in full precision; it gets its bits back after each call.
+    samples, seed: the calibration pairs are those of the importances (scoring.score_patch).
+    """
+    chosen = sample(list(pairs), samples, seed)
+    encoded = [encode_pair(tokenizer, p.prompt, p.response) for p in chosen]
+    batch = collate(encoded, tokenizer.pad_token_id)
+    device = model.get_input_embeddings().weight.device
+    inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
+    labels = batch["labels"].to(device)
+
+    @torch.inference_mode()
+    def losses(deltas: Mapping[str, Tensor]) -> Tensor:
+        with patched(model, deltas):
+            by_token, mask = answer_loss(model(**inputs).logits, labels)
+        first = mask.long().argmax(dim=1, keepdim=True)
+        return by_token.gather(1, first).squeeze(1).float().cpu()
+
+    return losses
+
+
+def balance(loss_at: Callable[[float], float], target: float) -> float:
+    """The smallest strength with loss_at(strength) >= target, by bisection on a log scale.
+
+    Within 3 % (8 halvings of [0.02, 20]); HIGHEST where even that does not reach the target.
+    """
+    low, high = LOWEST, HIGHEST
+    if loss_at(high) < target:
+        return high
+    for _ in range(HALVINGS):
+        middle = (low * high) ** 0.5
+        if loss_at(middle) >= target:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def balanced_alpha(
+    losses: Losses, se: Mapping[str, Tensor], osm: Mapping[str, Tensor], target: float
+) -> float:
+    """alpha for alpha * se + osm: both already thinned and, but for alpha, scaled."""
+
+    def loss_at(alpha: float) -> float:
+        deltas = {name: alpha * delta + osm[name] for name, delta in se.items()}
+        return torch.quantile(losses(deltas), QUANTILE).item()
+
+    return balance(loss_at, target)
+
+
+def balanced(variants: Variants, losses: Losses) -> Variants:
+    """The same variants with the alpha that `patching.balance` asks for; unchanged if it is null.
+
+    alpha is found for SafePatching; the ablations have the same one.
+    """
+    config = variants.config
+    if config.balance is None:
+        return variants
+    se, osm = (
+        replace(variants, config=config.model_copy(update=strengths)).deltas(SAFEPATCHING)
+        for strengths in ({"alpha": 1.0, "beta": 0.0}, {"alpha": 0.0})
+    )
+    alpha = balanced_alpha(losses, se, osm, config.balance)
+    return replace(variants, config=config.model_copy(update={"alpha": alpha}))
