@@ -6,6 +6,7 @@
 #   make experiment                           all methods, ablations and sweeps: tables, notebook 05
 #   make experiment BUDGET=full JOBS=2        with more seeds and trials: what the README shows
 #   make report TABLES=docs/experiment        the tables of a finished experiment as markdown
+#   make publish                              the full experiment's tables into docs/ and README
 #   make backbone                             train the shipped sandbox backbone again, by its recipe
 #   make lab                                  JupyterLab on the notebooks
 #   make test, make lint                      what the continuous integration runs
@@ -25,7 +26,7 @@ TABLES ?= docs/experiment
 BIN := $(VENV)/bin
 READY := $(VENV)/.spkit-installed
 
-.PHONY: walkthrough seeds experiment report backbone test lint lab clean distclean
+.PHONY: walkthrough seeds experiment report publish backbone test lint lab clean distclean
 
 # --nolock: a killed run would leave a lock behind, and the next one is to go on from there
 walkthrough: $(READY)
@@ -44,6 +45,12 @@ experiment: $(READY)
 
 report: $(READY)
 	@$(BIN)/python -m spkit.experiment.report $(TABLES)
+
+# after a full experiment: its tables become the committed ones, and the pages that show them are filled
+publish: $(READY)
+	mkdir -p docs/experiment && cp outputs/experiment/full/tables/*.csv docs/experiment/
+	$(BIN)/python -m spkit.experiment.report docs/experiment > docs/experiment/report.md
+	$(BIN)/python -m spkit.experiment.report docs/experiment --into README.md docs/choosing.md
 
 backbone: $(READY)
 	$(BIN)/python -m spkit.ship $(PARAMS)

@@ -49,6 +49,7 @@ CHANGES = {
     "evaluation.prompts_per_cell": 4,
     "continual.stages": STAGES,
     "patching.balance": None,
+    "patching.retention_rate": 0.3,
 }
 
 

@@ -490,3 +490,28 @@ def test_other_tables_make_the_stage_outdated_and_no_other(root):
     assert after[0] != before[0] and after[1] == before[1]
     Path("outputs/full/tables/a.csv").write_text("a\n2\n")
     assert stamps(comparison={"tables": "outputs/full/tables"})[0] not in (before[0], after[0])
+
+
+# ---- pages ---------------------------------------------------------------------------------------
+
+
+def test_marked_blocks_are_made_anew_and_the_rest_is_left_alone(monkeypatch):
+    monkeypatch.setitem(report.BLOCKS, "caption", lambda tables: f"of {tables['name']}")
+    page = "before\n<!-- table: caption -->\nold\n<!-- end -->\nafter\n"
+    made = report.fill(page, {"name": "two backbones"})
+    assert made == "before\n<!-- table: caption -->\n\nof two backbones\n\n<!-- end -->\nafter\n"
+    assert report.fill(made, {"name": "two backbones"}) == made
+
+
+def test_an_unknown_block_is_an_error_that_names_it():
+    with pytest.raises(SpkitError, match="no block 'captoin', did you mean caption"):
+        report.fill("<!-- table: captoin -->\n<!-- end -->", {})
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/choosing.md"])
+def test_pages_show_the_committed_tables(page):
+    """`make publish` was run after the last change of the tables or of how they are shown."""
+    root = Path(__file__).parents[1]
+    text = (root / page).read_text(encoding="utf-8")
+    assert "<!-- table: " in text
+    assert report.fill(text, report.read_tables(root / "docs/experiment")) == text

@@ -2,17 +2,19 @@
 
     python -m spkit.experiment.report docs/experiment
 
-prints them all as markdown. Each function takes the dict of `read_tables` and gives a data frame
-with formatted cells, "mean [low, high]". Rates are in percent, differences in percentage points.
-Tuned and counted by one score: a method is shown under the score that chose its setting.
+prints them all as markdown; with `--into README.md` it fills that page's marked blocks. Each
+function takes the dict of `read_tables` and gives a data frame with formatted cells, "mean [low,
+high]". Rates are in percent, differences in percentage points. Tuned and counted by one score: a
+method is shown under the score that chose its setting.
 
 What this file does not do: compute rates or intervals (tables.py) or draw (plots_comparison.py).
 """
 
 import argparse
 import json
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,8 @@ from spkit.errors import SpkitError
 from spkit.experiment.arena import SCORES
 from spkit.experiment.tables import GAINS, TABLES
 from spkit.experiment.variants import BASE
+from spkit.files import atomic
+from spkit.validation import nearest
 
 BALANCED = "SafePatching, balanced"
 UTILITY_MARGIN = 2.0  # percentage points that utility may lose, on the mean
@@ -475,6 +479,36 @@ def markdown(tables: Tables) -> str:
     return "\n\n".join(parts)
 
 
+# name -> what stands in a page between `<!-- table: name -->` and `<!-- end -->`
+BLOCKS: dict[str, Callable[[Tables], str]] = {
+    "caption": lambda tables: caption(tables),
+    "hypervolumes": lambda tables: to_markdown(hypervolume(tables)),
+    "ablations": lambda tables: to_markdown(ablation(tables)),
+    "continual": lambda tables: to_markdown(continual(tables)),
+    "sizes": lambda tables: to_markdown(sizes(tables, "paper")),
+    "costs": lambda tables: to_markdown(costs(tables)),
+    "settings": lambda tables: to_markdown(settings(tables)),
+    "sweeps": lambda tables: bullets(sweep_sentences(tables)),
+    **{f"comparison, {s}": lambda t, s=s: to_markdown(comparison(t, s)) for s in SCORES},
+    **{f"goal, {s}": lambda t, s=s: to_markdown(goal(t, s)) for s in SCORES},
+    **{f"against, {s}": lambda t, s=s: to_markdown(against_safepatching(t, s)) for s in SCORES},
+    **{f"phrasing, {s}": lambda t, s=s: to_markdown(remaining(t, s)) for s in SCORES},
+}
+MARKED = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def fill(page: str, tables: Tables) -> str:
+    """The page with every marked block made anew; SpkitError for a block that is not known."""
+
+    def made(match: re.Match) -> str:
+        start, name, end = match.groups()
+        if name not in BLOCKS:
+            raise SpkitError(f"no block {name!r}{nearest(name, list(BLOCKS))}")
+        return f"{start}\n{BLOCKS[name](tables)}\n\n{end}"
+
+    return MARKED.sub(made, page)
+
+
 # ---- parts ---------------------------------------------------------------------------------------
 
 
@@ -582,7 +616,15 @@ def main(arguments: list[str] | None = None) -> None:
         description="Print the experiment's short tables as markdown.",
     )
     parser.add_argument("tables", help="the folder of the tables, such as docs/experiment")
-    print(markdown(read_tables(parser.parse_args(arguments).tables)))
+    parser.add_argument("--into", nargs="+", default=[], help="pages whose marked blocks to fill")
+    given = parser.parse_args(arguments)
+    tables = read_tables(given.tables)
+    for page in map(Path, given.into):
+        text = fill(page.read_text(encoding="utf-8"), tables)
+        with atomic(page) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    if not given.into:
+        print(markdown(tables))
 
 
 if __name__ == "__main__":
