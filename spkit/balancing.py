@@ -9,6 +9,10 @@ from backbone to backbone. Harm, unlike over-safety, can be measured on D_h itse
 prompt is read. The first token stands for the answer, because refusing is decided there (Qi et
 al., arXiv 2406.05946).
 
+Where D_h is unlearnt already, as in later continual stages, ascent has nothing left to do, SE is
+next to nothing, and no alpha can hold OSM. Then alpha is 1, and *beta* is lowered until D_h stays
+unlearnt: a stage must not undo the safety that it found.
+
 What this file does not do: choose beta or the top rates, or evaluate.
 """
 
@@ -72,22 +76,43 @@ def balance(loss_at: Callable[[float], float], target: float) -> float:
     return high
 
 
+def unlearnt(losses: Losses, se: Mapping[str, Tensor], osm: Mapping[str, Tensor]):
+    """(alpha, beta) -> the 5 % quantile of the losses at alpha * se + beta * osm, in nats."""
+
+    def at(alpha: float, beta: float = 1.0) -> float:
+        deltas = {name: alpha * delta + beta * osm[name] for name, delta in se.items()}
+        return torch.quantile(losses(deltas), QUANTILE).item()
+
+    return at
+
+
 def balanced_alpha(
     losses: Losses, se: Mapping[str, Tensor], osm: Mapping[str, Tensor], target: float
 ) -> float:
     """alpha for alpha * se + osm: both already thinned and, but for alpha, scaled."""
+    return balance(unlearnt(losses, se, osm), target)
 
-    def loss_at(alpha: float) -> float:
-        deltas = {name: alpha * delta + osm[name] for name, delta in se.items()}
-        return torch.quantile(losses(deltas), QUANTILE).item()
 
-    return balance(loss_at, target)
+def held_beta(at: Callable[[float, float], float], target: float) -> float:
+    """The largest share of osm, from 0 to 1, with at(1, share) >= target, by 8 halvings.
+
+    0 where not even that much is unlearnt without any osm.
+    """
+    low, high = 0.0, 1.0
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        if at(1.0, middle) >= target:
+            low = middle
+        else:
+            high = middle
+    return low
 
 
 def balanced(variants: Variants, losses: Losses) -> Variants:
     """The same variants with the alpha that `patching.balance` asks for; unchanged if it is null.
 
-    alpha is found for SafePatching; the ablations have the same one.
+    alpha is found for SafePatching; the ablations have the same one. Where no alpha reaches the
+    balance, alpha is 1 and beta is lowered.
     """
     config = variants.config
     if config.balance is None:
@@ -96,5 +121,8 @@ def balanced(variants: Variants, losses: Losses) -> Variants:
         replace(variants, config=config.model_copy(update=strengths)).deltas(SAFEPATCHING)
         for strengths in ({"alpha": 1.0, "beta": 0.0}, {"alpha": 0.0})
     )
-    alpha = balanced_alpha(losses, se, osm, config.balance)
-    return replace(variants, config=config.model_copy(update={"alpha": alpha}))
+    found = {"alpha": balanced_alpha(losses, se, osm, config.balance)}
+    if found["alpha"] == HIGHEST:
+        share = held_beta(unlearnt(losses, se, osm), config.balance)
+        found = {"alpha": 1.0, "beta": share * config.beta}
+    return replace(variants, config=config.model_copy(update=found))

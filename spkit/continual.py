@@ -7,7 +7,7 @@ patched before, of harmless requests, and of utility. Methods run side by side:
     safepatching     theta_k = theta_{k-1} + alpha * P_SE + beta * P_OSM on the kept sets
     ga, npo          theta_k = theta_{k-1} + strength * P: gradient ascent, or NPO, alone
     task_arithmetic  theta_k = theta_{k-1} + alpha * P_SE + beta * P_OSM, every weight
-    balanced         SafePatching with alpha found on the stage's pairs (baselines/balanced.py)
+    balanced         SafePatching with alpha found on the stage's pairs (balancing.py)
     joint            SafePatching of the first model on the pairs of all stages so far: no method
                      of continual learning, but the reference for what one could have learnt
 
@@ -26,10 +26,10 @@ from torch import Tensor
 
 from spkit.ablations import SAFEPATCHING, Variants
 from spkit.backbone import load, patched
-from spkit.balancing import balanced
+from spkit.balancing import balanced, first_token_losses
 from spkit.baselines import METHODS as BASELINES
 from spkit.baselines.balanced import NAME as BALANCED
-from spkit.baselines.bundle import make_bundle, with_backbone
+from spkit.baselines.bundle import make_bundle
 from spkit.config import Config
 from spkit.data import load_harmful_pairs
 from spkit.evaluation import COLUMNS, evaluate, rates
@@ -62,15 +62,22 @@ def stage_deltas(
     )
     _, name = METHODS[method]
     bundle = make_bundle(model, tokenizer, pairs, config, seed=seed, needs=BASELINES[name].needs)
-    if name == BALANCED or (name == SAFEPATCHING and config.patching.balance is not None):
+    setting = dict(config.continual.settings.get(method, {}))
+    if name not in (SAFEPATCHING, BALANCED):
+        return BASELINES[name].deltas(bundle, setting, seed)
+    patching = config.patching
+    if name == BALANCED:
+        over = {"balance": setting.pop("target"), "scale": "norm_matched", **setting}
+        patching = patching.model_copy(update=over)
+    patches = (bundle.patches["se"], bundle.patches["osm"])
+    scores = (bundle.scores["se"], bundle.scores["osm"])
+    variants = Variants(*patches, *scores, patching, seed)
+    if patching.balance is not None:
         model, tokenizer = load(source, **config.backbone.loading)  # unquantised
-        bundle = with_backbone(bundle, model, tokenizer, pairs, config, seed=seed)
-    if name == SAFEPATCHING:
-        patches = (bundle.patches["se"], bundle.patches["osm"])
-        scores = (bundle.scores["se"], bundle.scores["osm"])
-        variants = Variants(*patches, *scores, config.patching, seed)
-        return balanced(variants, bundle.first_token_losses).deltas(SAFEPATCHING)
-    return BASELINES[name].deltas(bundle, config.continual.settings.get(method, {}), seed)
+        samples = config.importance.samples
+        losses = first_token_losses(model, tokenizer, pairs, samples=samples, seed=seed)
+        variants = balanced(variants, losses)
+    return variants.deltas(SAFEPATCHING)
 
 
 def run_stages(

@@ -66,11 +66,17 @@ def hardware() -> dict[str, Any]:
 def peak_memory_mib() -> dict[str, float]:
     """The most memory that this process has held so far, on the host and on the GPU."""
     peak = {}
+    status = Path("/proc/self/status")
+    if status.is_file():  # of this program alone; getrusage starts from what the parent held
+        line = next((x for x in status.read_text().splitlines() if x.startswith("VmHWM:")), "")
+        if line:
+            peak["host"] = round(int(line.split()[1]) / 2**10, 1)
     try:
         import resource
 
         unit = 2**20 if sys.platform == "darwin" else 2**10
-        peak["host"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
+        used = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
+        peak.setdefault("host", used)
     except ImportError:  # Windows
         pass
     torch = sys.modules.get("torch")

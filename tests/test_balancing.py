@@ -1,9 +1,10 @@
 """Alpha found on D_h: the rule that notebooks 03 and 04 use, on losses that are known."""
 
+import pytest
 import torch
 
 from spkit.ablations import SAFEPATCHING, Variants
-from spkit.balancing import HIGHEST, balanced
+from spkit.balancing import balanced, held_beta
 from spkit.config import PatchingConfig
 from spkit.derivation import Patch
 
@@ -41,7 +42,27 @@ def test_alpha_is_the_smallest_that_reaches_the_balance_at_this_beta():
     assert losses(found.deltas(SAFEPATCHING)).min() >= 5.0
 
 
-def test_a_larger_beta_needs_a_larger_alpha_and_what_is_out_of_reach_gets_the_highest():
+def test_a_larger_beta_needs_a_larger_alpha():
     alphas = [balanced(variants(balance=5.0, beta=b), losses).config.alpha for b in (0.0, 1.0, 3.0)]
     assert alphas == sorted(alphas) and alphas[0] < alphas[2]
-    assert balanced(variants(balance=99.0, beta=10.0), losses).config.alpha == HIGHEST
+
+
+def test_where_no_alpha_is_enough_beta_is_lowered_until_d_h_stays_unlearnt():
+    # at alpha = 20 it is 120 - 6 beta: out of reach for beta = 30; at alpha = 1 it is 6 - 6 beta
+    found = balanced(variants(balance=3.0, beta=30.0), losses).config
+    assert found.alpha == 1.0
+    assert 0.5 - 30 / 2**8 <= found.beta <= 0.5
+    assert (
+        losses(balanced(variants(balance=3.0, beta=30.0), losses).deltas(SAFEPATCHING)).min() >= 3
+    )
+
+
+def test_what_cannot_be_unlearnt_gets_no_osm_at_all():
+    found = balanced(variants(balance=99.0, beta=10.0), losses).config
+    assert (found.alpha, found.beta) == (1.0, 0.0)
+
+
+def test_held_beta_ends_on_the_safe_side():
+    assert held_beta(lambda alpha, share: 10.0 - 4.0 * share, 9.0) == pytest.approx(0.25, abs=2**-8)
+    assert held_beta(lambda alpha, share: 10.0 - 4.0 * share, 9.0) <= 0.25
+    assert held_beta(lambda alpha, share: 1.0, 2.0) == 0.0
