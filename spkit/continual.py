@@ -30,6 +30,7 @@ from spkit.balancing import balanced, first_token_losses
 from spkit.baselines import METHODS as BASELINES
 from spkit.baselines.balanced import NAME as BALANCED
 from spkit.baselines.bundle import make_bundle
+from spkit.baselines.method import check_setting
 from spkit.config import Config
 from spkit.data import load_harmful_pairs
 from spkit.evaluation import COLUMNS, evaluate, rates
@@ -67,6 +68,7 @@ def stage_deltas(
         return BASELINES[name].deltas(bundle, setting, seed)
     patching = config.patching
     if name == BALANCED:
+        check_setting(BALANCED, BASELINES[BALANCED].space, setting)
         over = {"balance": setting.pop("target"), "scale": "norm_matched", **setting}
         patching = patching.model_copy(update=over)
     patches = (bundle.patches["se"], bundle.patches["osm"])

@@ -206,7 +206,9 @@ def test_balanced_asks_the_unquantised_model_about_the_stages_pairs(base, tmp_pa
     bundle = Bundle(patches, scores, config.patching)
     bundle = with_backbone(bundle, model, tokenizer, pairs, config, seed=4001)
     deltas = BASELINES["SafePatching, balanced"].deltas(bundle, setting, 4001)
-    assert_equal(found, patched_by(weights(base), deltas))
+    for name, weight in patched_by(weights(base), deltas).items():
+        # the same alpha, multiplied in another order
+        torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-6)
     reached = bundle.first_token_losses(deltas).quantile(0.05)
     bare = bundle.first_token_losses({}).quantile(0.05)
     assert bare < 7.0 <= reached + 1e-4
