@@ -1,6 +1,6 @@
 """How often the experiment's 95 % intervals cover the truth: simulated experiments without effect.
 
-    .venv/bin/python benchmarks/bootstrap_coverage.py          about a minute on one core
+    .venv/bin/python benchmarks/bootstrap_coverage.py          about five minutes on one core
 
 Two methods with the same true rate are "evaluated" on 5 backbones x 4 derivations x 2 masks x 200
 prompts; what differs from run to run is drawn from normal distributions on the log-odds scale. An
