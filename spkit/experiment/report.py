@@ -425,7 +425,7 @@ def caption(tables: Tables) -> str:
     return (
         f"{_count(len(seeds), 'backbone')}, {_count(about.get('derivations', '?'), 'derivation')} "
         f"each, {_count(about.get('masks', '?'), 'mask')} each; test prompts: {', '.join(counts)}; "
-        f"{_count(about.get('trials', '?'), 'trial')} a method and score, on the dev pool; "
+        f"{_count(about.get('trials', '?'), 'trial')} a method, on the dev pool; "
         f"{confidence} intervals from a hierarchical bootstrap "
         f"({int(about.get('draws', 0)):,} draws); `{about.get('command', '?')}`, commit "
         f"{about.get('commit', '?')[:7]}, on {cpu} ({cores} cores, {memory} GiB"
