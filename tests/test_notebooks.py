@@ -523,7 +523,7 @@ def alone(walkthrough, tmp_path_factory):
 
     with ThreadPoolExecutor() as pool:
         for running in [
-            pool.submit(papermill, "override", "-y", "overrides: {patching.retention_rate: 0.5}"),
+            pool.submit(papermill, "override", "-y", "overrides: {patching.retention_rate: 0.9}"),
             pool.submit(papermill, "no-inputs"),
             pool.submit(papermill, "mistyped", "-y", "patchng: {alpha: 1}"),
         ]:
@@ -546,7 +546,7 @@ def test_papermill_alone_runs_one_notebook_with_an_override(walkthrough, alone):
     assert ended.code == 0, ended.text[-3000:]
     check_executed(nbformat.read(ended.executed, as_version=4))
     record, usual = record_of(run_in(ended.outputs), PATCHING), record_of(walkthrough.run, PATCHING)
-    assert record["params"]["patching"] == usual["params"]["patching"] | {"retention_rate": 0.5}
+    assert record["params"]["patching"] == usual["params"]["patching"] | {"retention_rate": 0.9}
     assert record["notes"]["moved"] > usual["notes"]["moved"]
     # nothing but this stage has changed
     names = different(run_in(ended.outputs), walkthrough.run)

@@ -20,7 +20,12 @@ from spkit import plots
 from spkit.ablations import VARIANTS, overlap, where
 from spkit.evaluation import VERDICTS, rates
 
-pytestmark = pytest.mark.filterwarnings("error")  # a warning of matplotlib's is a blemish
+pytestmark = [
+    pytest.mark.filterwarnings("error"),  # a warning of matplotlib's is a blemish
+    # but what earlier tests left for the garbage collector is not the figures' fault
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 GROUPS = {  # group -> (objective, categories)
     "seen": ("harmful", ["colouring", "tickling", "hiding", "shrinking"]),

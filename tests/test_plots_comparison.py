@@ -19,7 +19,12 @@ from spkit import plots_comparison as plots
 from spkit.errors import SpkitError
 from spkit.experiment.tables import METRICS
 
-pytestmark = pytest.mark.filterwarnings("error")  # a warning of matplotlib's is a blemish
+pytestmark = [
+    pytest.mark.filterwarnings("error"),  # a warning of matplotlib's is a blemish
+    # but what earlier tests left for the garbage collector is not the figures' fault
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 METHODS = ["base", "SafePatching", "SafePatching, balanced", "Joint top sets", "Task Arithmetic"]
 METHODS += ["Task Arithmetic, balanced", "TIES", "DARE", "Weight averaging", "GA", "NPO"]
