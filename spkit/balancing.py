@@ -86,6 +86,14 @@ def unlearnt(losses: Losses, se: Mapping[str, Tensor], osm: Mapping[str, Tensor]
     return at
 
 
+def parts(variants: Variants) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """SafePatching's two halves: SE at alpha = 1, and OSM at the beta that is set."""
+    return tuple(
+        replace(variants, config=variants.config.model_copy(update=strengths)).deltas(SAFEPATCHING)
+        for strengths in ({"alpha": 1.0, "beta": 0.0}, {"alpha": 0.0})
+    )
+
+
 def balanced_alpha(
     losses: Losses, se: Mapping[str, Tensor], osm: Mapping[str, Tensor], target: float
 ) -> float:
@@ -117,12 +125,9 @@ def balanced(variants: Variants, losses: Losses) -> Variants:
     config = variants.config
     if config.balance is None:
         return variants
-    se, osm = (
-        replace(variants, config=config.model_copy(update=strengths)).deltas(SAFEPATCHING)
-        for strengths in ({"alpha": 1.0, "beta": 0.0}, {"alpha": 0.0})
-    )
-    found = {"alpha": balanced_alpha(losses, se, osm, config.balance)}
+    at = unlearnt(losses, *parts(variants))
+    found = {"alpha": balance(at, config.balance)}
     if found["alpha"] == HIGHEST:
-        share = held_beta(unlearnt(losses, se, osm), config.balance)
+        share = held_beta(at, config.balance)
         found = {"alpha": 1.0, "beta": share * config.beta}
     return replace(variants, config=config.model_copy(update=found))

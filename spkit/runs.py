@@ -20,7 +20,7 @@ from typing import Any
 
 from spkit.config import Config
 from spkit.errors import SpkitError
-from spkit.files import atomic, make_folder, save_csv
+from spkit.files import atomic, make_folder, save_csv, source_files
 from spkit.machine import git_state, hardware, peak_memory_mib, versions
 
 PACKAGE = Path(__file__).parent
@@ -140,8 +140,7 @@ def _input_files(config: Config, sections: tuple[str, ...]) -> Iterator[tuple[st
 
 
 def _code(stage: str) -> Iterator[tuple[str, str]]:
-    files = {path for glob in STAGES[stage].code for path in PACKAGE.glob(glob) if path.is_file()}
-    for path in sorted(p for p in files if "__pycache__" not in p.parts):
+    for path in source_files(PACKAGE, STAGES[stage].code):
         yield f"spkit/{path.relative_to(PACKAGE).as_posix()}", _digest([path])
     notebook = NOTEBOOKS / f"{stage}.ipynb"
     if notebook.is_file():  # its code cells alone: neither text nor saved outputs matter

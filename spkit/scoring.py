@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from spkit.chat import collate, encode_pair
-from spkit.config import Config, ImportanceConfig
+from spkit.config import ImportanceConfig
 from spkit.data import sample
-from spkit.derivation import NAMES, Patch, attach, derive
+from spkit.derivation import Patch, attach
 from spkit.examples import HarmfulPair
 from spkit.importance import snip
 
@@ -48,20 +48,3 @@ def score_patch(
         finally:
             wrapped.unload()
     return {name: score.cpu() for name, score in scores.items()}
-
-
-def derive_and_score(
-    model, tokenizer, pairs: Sequence[HarmfulPair], config: Config, *, seed: int
-) -> tuple[list[Patch], list[dict[str, Tensor]]]:
-    """([SE, OSM], [I_SE, I_OSM]) of one D_h, each patch scored as soon as it is derived.
-
-    model: the bare backbone as the derivation wants it; it comes back bare.
-    """
-    patches, scores = [], []
-    for direction in NAMES:
-        patch, _ = derive(
-            model, tokenizer, pairs, direction=direction, config=config.derivation, seed=seed
-        )
-        patches.append(patch)
-        scores.append(score_patch(model, tokenizer, patch, pairs, config.importance, seed=seed))
-    return patches, scores

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from spkit.ablations import SAFEPATCHING
-from spkit.balancing import balanced_alpha
+from spkit.balancing import balanced_alpha, parts
 from spkit.baselines import safepatching, task_arithmetic
 from spkit.baselines.method import STRENGTHS, Bundle, Method, check_setting
 from spkit.errors import SpkitError
@@ -34,21 +34,19 @@ def balanced_deltas(
 def deltas(bundle: Bundle, setting: Mapping[str, float], mask_seed: int) -> dict[str, Tensor]:
     """SafePatching's kept sets and its beta; alpha balanced."""
     check_setting(NAME, SPACE, setting)
-    rates = {key: value for key, value in setting.items() if key != "target"}
-    parts = []
-    for alpha, beta in ((1.0, 0.0), (0.0, setting["beta"])):
-        values = {**rates, "alpha": alpha, "beta": beta}
-        parts.append(safepatching.deltas(bundle, values, mask_seed))
-    return balanced_deltas(bundle, *parts, setting["target"])
+    own = {key: value for key, value in setting.items() if key != "target"}
+    halves = parts(safepatching.variants(bundle, own, mask_seed))
+    return balanced_deltas(bundle, *halves, setting["target"])
 
 
 def sum_deltas(bundle: Bundle, setting: Mapping[str, float], mask_seed: int) -> dict[str, Tensor]:
     """Both whole patches; mask_seed is not read."""
     check_setting(SUM_NAME, SUM_SPACE, setting)
-    parts = []
-    for alpha, beta in ((1.0, 0.0), (0.0, setting["beta"])):
-        parts.append(task_arithmetic.deltas(bundle, {"alpha": alpha, "beta": beta}, mask_seed))
-    return balanced_deltas(bundle, *parts, setting["target"])
+    halves = (
+        task_arithmetic.deltas(bundle, {"alpha": alpha, "beta": beta}, mask_seed)
+        for alpha, beta in ((1.0, 0.0), (0.0, setting["beta"]))
+    )
+    return balanced_deltas(bundle, *halves, setting["target"])
 
 
 METHOD = Method(

@@ -14,10 +14,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from spkit.ablations import kept_norm
+from spkit.ablations import NO_SUBTRACTION
 from spkit.baselines.method import Bundle, Method, check_setting
 from spkit.baselines.safepatching import SPACE, variants
-from spkit.patching import intersection_set, merged_delta, norm_matched
 
 NAME = "Joint top sets"
 
@@ -25,19 +24,7 @@ NAME = "Joint top sets"
 def deltas(bundle: Bundle, setting: Mapping[str, float], mask_seed: int) -> dict[str, Tensor]:
     """The merged delta of every weight matrix, 0 outside of both sets."""
     check_setting(NAME, SPACE, setting)
-    own = variants(bundle, setting, mask_seed)
-    keep_se, keep_osm = (
-        {name: intersection_set(masks[name], top) for name, top in tops.items()}
-        for masks, tops in zip(own.retained, own.important(), strict=True)
-    )
-    alpha = norm_matched(setting["alpha"], own.se.norm(), kept_norm(own.se, keep_se))
-    beta = norm_matched(setting["beta"], own.osm.norm(), kept_norm(own.osm, keep_osm))
-    return {
-        name: merged_delta(
-            own.se.delta(name), keep_se[name], own.osm.delta(name), keep_osm[name], alpha, beta
-        )
-        for name in keep_se
-    }
+    return variants(bundle, setting, mask_seed).deltas(NO_SUBTRACTION)
 
 
 METHOD = Method(

@@ -19,15 +19,16 @@ from spkit.baselines import Bundle
 from spkit.baselines.bundle import load_bundle, with_backbone
 from spkit.config import Config
 from spkit.data import judge_for, load_eval_prompts, load_harmful_pairs
-from spkit.evaluation import evaluate
+from spkit.evaluation import METRICS, VERDICTS, evaluate
 from spkit.notebook import make_deterministic
 
+FAILURES = ("harmful", "refusal")  # metrics of evaluation.METRICS that have a strict twin
 # score -> objective -> the verdicts that count as a failure
 SCORES = {
-    "paper": {"harmful": ("harmful",), "over_safety": ("refusal",)},
-    "strict": {"harmful": ("harmful", "broken"), "over_safety": ("refusal", "broken")},
+    score: {METRICS[f"{metric}{twin}"][0]: METRICS[f"{metric}{twin}"][1] for metric in FAILURES}
+    for score, twin in (("paper", ""), ("strict", ", strict"))
 }
-UTILITY_FAILURES = ("harmful", "refusal", "broken")
+UTILITY_FAILURES = tuple(v for v in VERDICTS if v not in METRICS["utility"][1])
 MASKS_PER_SEED = 1000  # derivation seed * 1000 + mask: no mask is drawn twice
 
 

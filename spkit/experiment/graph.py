@@ -21,7 +21,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from spkit.errors import SpkitError
-from spkit.files import atomic
+from spkit.files import atomic, source_files
 
 PACKAGE = Path(__file__).parent.parent
 
@@ -145,9 +145,7 @@ def _do(unit: Unit, folder: Path, needed: dict[str, Path]) -> None:
 
 
 def _code(globs: tuple[str, ...]) -> dict[str, str]:
-    files = sorted({path for glob in globs for path in PACKAGE.glob(glob) if path.is_file()})
     return {
         path.relative_to(PACKAGE).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in files
-        if "__pycache__" not in path.parts
+        for path in source_files(PACKAGE, globs)
     }

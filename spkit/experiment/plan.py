@@ -15,9 +15,8 @@ from spkit.continual import METHODS as CONTINUAL_METHODS
 from spkit.experiment import steps
 from spkit.experiment.budget import Budget
 from spkit.experiment.graph import Unit
-from spkit.experiment.variants import OTHER_IMPORTANCE
+from spkit.experiment.variants import OTHER_IMPORTANCE, USUAL
 
-USUAL = "usual"
 DERIVATION_SEEDS = 1000  # backbone seed + 1000 * derivation: none is drawn twice
 SWEEP_MASKS = 2
 # bundles that differ from the usual one in a parameter: name -> overrides
@@ -60,10 +59,14 @@ def plan(config: Config, budget: Budget) -> list[Unit]:
         units.append(Unit(name, work, inputs, tuple(needs), code, seconds))
         return name
 
+    def sized(size: str, seed: int) -> Config:
+        of_size = budget.sizes.get(size, {})
+        return changed(config, seed=seed, **{f"sandbox.{k}": v for k, v in of_size.items()})
+
     def backbone(size: str, seed: int) -> str:
-        name, of_size = f"backbones/{slug(size)}/seed-{seed}", budget.sizes.get(size, {})
+        name = f"backbones/{slug(size)}/seed-{seed}"
         if all(unit.name != name for unit in units):
-            made = changed(config, seed=seed, **{f"sandbox.{k}": v for k, v in of_size.items()})
+            made = sized(size, seed)
             share = _weights(made) / _weights(config)
             add(name, steps.backbone, _MODEL, seconds=_TRAIN * share, config=made)
         return name
@@ -138,10 +141,7 @@ def plan(config: Config, budget: Budget) -> list[Unit]:
             f"sizes/{slug(label)}/seed-{seed}", steps.size, _TUNE,
             [backbone(label, seed), bundle(label, seed), *tuned.values()],
             seconds=_LOAD + (1 + len(METHODS)) * _ANSWER,
-            config=changed(
-                config, seed=seed,
-                **{f"sandbox.{k}": v for k, v in budget.sizes.get(label, {}).items()},
-            ),
+            config=sized(label, seed),
             backbone_unit=backbone(label, seed), bundle_unit=bundle(label, seed), tuned=tuned,
             label=label, seed=derivation_seed(seed, 0), per_cell=budget.test_cell,
         )  # fmt: skip
@@ -152,6 +152,7 @@ def plan(config: Config, budget: Budget) -> list[Unit]:
             f"costs/{slug(name)}", steps.cost, _COST, [models[0], tuned[name]], seconds=35.0,
             config=config, backbone_unit=models[0], tuned=tuned[name], method=name,
         )  # fmt: skip
+
     # ---- continual stages, order after order, so that the first orders are there early
     stages = config.continual.stages
     orders = list(itertools.permutations(range(len(stages))))

@@ -198,14 +198,17 @@ def sweep(
     arena = Arena(config, places[backbone_unit] / "model", split="dev", per_cell=per_cell)
     chosen = settings(places[tuned])["paper"]["setting"]
     rows = [{"backbone": config.seed, "mask": -1, **shares(arena.answers({}, BASE))}]
+    bundles = {
+        unit: arena.bundle(places[unit] / "bundle", seed)
+        for unit in dict.fromkeys(unit for _, unit in points)
+    }
     for values, unit in points:
         over = {key: value for key, value in values.items() if key in chosen}
         for key in ("alpha", "beta"):
             over[key] = chosen[key] * values.get(f"{key}_factor", 1.0)
         variant = of_method(SAFEPATCHING, {**chosen, **over})
-        given = arena.bundle(places[unit] / "bundle", seed)
         for mask in range(masks):
-            deltas = variant.deltas(given, mask_seed(seed, mask))
+            deltas = variant.deltas(bundles[unit], mask_seed(seed, mask))
             found = shares(arena.answers(deltas, label))
             rows.append({"backbone": config.seed, "mask": mask, **values, **found})
     frame = pd.DataFrame(rows).fillna({c: 0.0 for row in rows for c in row if " " in c})

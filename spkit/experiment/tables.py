@@ -15,7 +15,7 @@ import pandas as pd
 from spkit.ablations import SAFEPATCHING
 from spkit.baselines import METHODS
 from spkit.errors import SpkitError
-from spkit.experiment.arena import SCORES, UTILITY_FAILURES, failures
+from spkit.experiment.arena import SCORES, UTILITY_FAILURES, failures, shares
 from spkit.experiment.variants import BASE
 from spkit.files import save_csv
 from spkit.statistics import (
@@ -212,10 +212,8 @@ class Tables:
         for path in self._files("continual/", "continual.csv"):
             frame = pd.read_csv(path, keep_default_na=False)
             for stage, part in frame.groupby("stage"):
-                table = pd.crosstab(part["group"], part["verdict"], normalize="index") * 100
-                found = {f"{g} {v}": x for (g, v), x in table.stack().items()}
                 about = part.iloc[0][["method", "order", "backbone"]].to_dict()
-                rows.append({**about, "stage": stage, **found})
+                rows.append({**about, "stage": stage, **shares(part)})
         return _with_failures(pd.DataFrame(rows).fillna(0.0))
 
     def continual_measures(self) -> pd.DataFrame:

@@ -15,7 +15,8 @@ from spkit.baselines import METHODS, Bundle
 from spkit.baselines.safepatching import variants as safepatching_variants
 
 BASE = "base"
-# label -> the bundle that it needs instead of the usual one (steps.BUNDLES)
+USUAL = "usual"  # the bundle (and the size of the backbone) of the main comparison
+# label -> the bundle that it needs instead of the usual one (plan.RESCORED)
 OTHER_IMPORTANCE = {
     "SNIP on the backbone": "snip-backbone",
     "loss on the question": "snip-question",
@@ -37,7 +38,7 @@ class Variant:
 
 def base() -> Variant:
     """The backbone as it is."""
-    return Variant(BASE, False, "usual", lambda bundle, seed: {})
+    return Variant(BASE, False, USUAL, lambda bundle, seed: {})
 
 
 def of_method(name: str, setting: Mapping[str, float], label: str | None = None) -> Variant:
@@ -46,7 +47,7 @@ def of_method(name: str, setting: Mapping[str, float], label: str | None = None)
     return Variant(
         label or name,
         method.masks,
-        "usual",
+        USUAL,
         lambda bundle, seed: method.deltas(bundle, setting, seed),
     )
 
@@ -59,7 +60,7 @@ def ablations(setting: Mapping[str, float]) -> list[Variant]:
         return Variant(
             name,
             masks,
-            "usual",
+            USUAL,
             lambda bundle, seed: safepatching_variants(bundle, setting, seed).deltas(name),
         )
 
