@@ -76,5 +76,5 @@ distclean: clean
 # installed again whenever the dependencies change
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[run,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[run,eval,dev]'
 	touch $@

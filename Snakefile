@@ -26,7 +26,7 @@ from spkit.validation import nearest
 
 PYTHON = shlex.quote(sys.executable)
 STARTED = time.time()
-TOP_LEVEL = ("seed", "run_name", "outputs", "threads")
+TOP_LEVEL = ("seed", "run_name", "outputs", "mirror", "threads")
 KNOWN = ("params", "overrides", *TOP_LEVEL)
 
 try:

@@ -30,6 +30,7 @@ def load(
     dtype: str = "float32",
     quantization: str = "none",
     device: str = "auto",
+    system_prompt: str | None = None,
 ):
     """(model, tokenizer) from a folder written by save_pretrained or from a hub id.
 
@@ -39,9 +40,9 @@ def load(
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    _require("dtype", dtype, DTYPES)
     _require("quantization", quantization, QUANTIZATIONS)
     place = resolve_device(device)
+    dtype = resolve_dtype(dtype, place)
     source = _check_source(source)
     options = {"dtype": DTYPES[dtype], "device_map": {"": place}}
     if quantization == "nf4":
@@ -51,7 +52,7 @@ def load(
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=DTYPES[dtype],
         )
-    tokenizer = load_tokenizer(source, revision=revision)
+    tokenizer = load_tokenizer(source, revision=revision, system_prompt=system_prompt)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             source,
@@ -71,8 +72,13 @@ def load(
     return model.eval(), tokenizer
 
 
-def load_tokenizer(source: str | Path, *, revision: str | None = None):
-    """The tokenizer alone; it must have a chat template. A missing pad token becomes unk or eos."""
+def load_tokenizer(
+    source: str | Path, *, revision: str | None = None, system_prompt: str | None = None
+):
+    """The tokenizer alone; it must have a chat template. A missing pad token becomes unk or eos.
+
+    system_prompt: kept on the tokenizer, where chat.py finds it for every prompt.
+    """
     from transformers import AutoTokenizer
 
     source = _check_source(source)
@@ -93,6 +99,7 @@ def load_tokenizer(source: str | Path, *, revision: str | None = None):
     if tokenizer.pad_token is None:
         # padding is masked everywhere, so any known token will do
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    tokenizer.system_prompt = system_prompt
     return tokenizer
 
 
@@ -115,6 +122,20 @@ def resolve_device(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise SpkitError("device is 'cuda', but torch sees no GPU; use 'auto' or 'cpu'.")
     return device
+
+
+def resolve_dtype(dtype: str, device: str) -> str:
+    """A key of DTYPES; "auto" takes what the device computes in natively.
+
+    float32 on a CPU; on a GPU bfloat16 where it has it (compute capability 8.0 and above), else
+    float16, with which a derivation checks for overflow (a T4 only emulates bfloat16).
+    """
+    _require("compute_dtype", dtype, ("auto", *DTYPES))
+    if dtype != "auto":
+        return dtype
+    if device == "cpu":
+        return "float32"
+    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 
 
 def guard_nf4(model: nn.Module) -> None:

@@ -15,7 +15,8 @@ from pydantic import Field, model_validator
 from spkit.errors import SpkitError
 from spkit.validation import Section, Wrong, checked, read_yaml, with_overrides
 
-Dtype = Literal["float32", "bfloat16", "float16"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Quantization = Literal["nf4", "none"]
 Name = Annotated[str, Field(min_length=1)]
 Steps = Annotated[int, Field(ge=1, le=1_000_000)]
 ContinualMethod = Literal["safepatching", "balanced", "ga", "npo", "task_arithmetic", "joint"]
@@ -25,8 +26,16 @@ Rate = Annotated[float, Field(gt=0, le=1)]  # a share of weights; 0 would keep n
 class BackboneConfig(Section):
     source: Name = Field("sandbox", description="'sandbox', a local folder or a hub id [ours]")
     revision: str | None = Field(None, description="revision on the hub; null: the latest [ours]")
-    dtype: Dtype = Field("float32", description="of the unquantised weights [ours]")
+    compute_dtype: Dtype = Field(
+        "float32",
+        description="auto: bfloat16 where the device has it, else float16; float32 on a CPU [ours]",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where it runs [ours]")
+    system_prompt: Name | None = Field(
+        None,
+        description="before every prompt; inside the user's turn where the format has no system "
+        "role [ours]",
+    )
 
     @model_validator(mode="after")
     def _revision_needs_a_hub(self):
@@ -37,7 +46,8 @@ class BackboneConfig(Section):
     @property
     def loading(self) -> dict[str, Any]:
         """How to load it, wherever it is: keyword arguments of backbone.load."""
-        return self.model_dump(exclude={"source"})
+        options = self.model_dump(exclude={"source", "compute_dtype"})
+        return {**options, "dtype": self.compute_dtype}
 
 
 class SandboxConfig(Section):
@@ -64,13 +74,44 @@ class SandboxConfig(Section):
         return self
 
 
+class SourceConfig(Section):
+    """Where one data set lies, and who reads it: a hub id, or a local file or folder."""
+
+    reader: Literal["advbench", "beavertails", "xstest", "oktest", "own"] = Field(
+        description="schema of the data set; own: the keys of one's own JSONL or CSV file [ours]"
+    )
+    path: Name = Field(description="hub id, or a local file (CSV, JSONL, JSON, Parquet) [ours]")
+    revision: str | None = Field(None, description="revision on the hub; null: the latest [ours]")
+    split: Name = Field("train", description="split on the hub; a local file has one [ours]")
+
+
 class DataConfig(Section):
-    harmful: Name = Field("sandbox", description="D_h: 'sandbox' or a JSONL file [paper: one D_h]")
+    harmful: Name = Field(
+        "sandbox", description="D_h: 'sandbox', a name in sources or a file [paper: one D_h]"
+    )
     pairs: int | None = Field(192, ge=1, description="at most so many pairs; null: all [ours]")
     categories: list[Name] | None = Field(
         None, min_length=1, description="harmful categories to keep; null: all [ours]"
     )
-    evaluation: Name = Field("sandbox", description="prompts: 'sandbox' or a JSONL file [ours]")
+    responses: Name | None = Field(
+        None,
+        description="file of responses y where the source has openings only; null: its own [ours]",
+    )
+    max_tokens: int | None = Field(
+        None, ge=16, description="a longer pair is cut at so many tokens; null: no limit [ours]"
+    )
+    evaluation: Name | list[Name] = Field(
+        "sandbox", description="prompts: 'sandbox', a file, or names in sources [ours]"
+    )
+    dev_share: float = Field(
+        0.2, gt=0, lt=1, description="of prompts in dev, by hash, where a source has none [ours]"
+    )
+    wrappers: Name = Field(
+        "none", description="'none', 'shipped', or a file of lines with {prompt} [ours]"
+    )
+    sources: dict[Name, SourceConfig] = Field(
+        {}, description="data sets by name: reader, path, revision, split [ours]"
+    )
 
 
 class LoraConfig(Section):
@@ -127,8 +168,20 @@ class AscentConfig(DescentConfig):
 
 
 class DerivationConfig(Section):
-    quantization: Literal["nf4", "none"] = Field(
+    quantization: Quantization = Field(
         "nf4", description="of the frozen backbone: QLoRA, 4-bit NF4 [ours]"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="compute activations twice instead of keeping them: memory [ours]"
+    )
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
+        "adamw", description="8-bit or paged moments take less memory [ours]"
+    )
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="pairs at once; null: the whole batch_size. Memory only [ours]"
+    )
+    checkpoint_steps: int | None = Field(
+        None, ge=1, description="a cut derivation goes on from every n-th step; null: never [ours]"
     )
     lora: LoraConfig = Field(default_factory=LoraConfig, description="shape of the factors")
     ascent: AscentConfig = Field(default_factory=AscentConfig, description="derives the SE patch")
@@ -140,6 +193,12 @@ class DerivationConfig(Section):
 class ImportanceConfig(Section):
     samples: int = Field(64, ge=1, description="calibration pairs from D_h [ours; SNIP is paper]")
     batch_size: int = Field(8, ge=1, le=4096, description="pairs a pass; speed only [ours]")
+    layers_per_pass: int | Literal["auto"] | None = Field(
+        None, ge=1, description="layers scored at once; auto: by free memory; null: all [ours]"
+    )
+    save: Literal["scores", "sets"] = Field(
+        "scores", description="scores, or only the top-rate sets of patching, a bit each [ours]"
+    )
     scored_model: Literal["patched", "backbone"] = Field(
         "patched", description="I_SE on theta_GA, I_OSM on theta_GD, or both on theta [ours]"
     )
@@ -175,12 +234,91 @@ class PatchingConfig(Section):
 
 class EvaluationConfig(Section):
     split: Literal["test", "dev"] = Field("test", description="tuning uses dev only [ours]")
+    quantization: Quantization = Field(
+        "none", description="nf4: the 4-bit backbone plus the unquantised delta [ours]"
+    )
     batch_size: int = Field(64, ge=1, le=4096, description="prompts generated at once [ours]")
     max_new_tokens: int = Field(16, ge=1, le=4096, description="length of a response [ours]")
     confidence: float = Field(0.95, gt=0, lt=1, description="of the Wilson intervals [ours]")
     prompts_per_cell: int | None = Field(
         None, ge=1, description="at most so many of each group; null: the source's own [ours]"
     )
+
+
+Judge = Literal["sandbox", "keywords", "classifier", "generative"]
+
+
+class ClassifierConfig(Section):
+    """A sequence-classification judge that reads the response alone, as the paper's does."""
+
+    model: Name = Field(
+        "LibrAI/longformer-harmful-ro", description="hub id or local folder [paper]"
+    )
+    revision: str | None = Field(None, description="revision on the hub; null: the latest [ours]")
+    label: int = Field(1, ge=0, description="the class that means harmful [ours]")
+
+
+class GenerativeConfig(Section):
+    """A judge that is asked in words and answers yes or no."""
+
+    model: Name = Field(
+        "cais/HarmBench-Llama-2-13b-cls", description="hub id or local folder [ours]"
+    )
+    revision: str | None = Field(None, description="revision on the hub; null: the latest [ours]")
+    prompt: Literal["harmbench", "wildguard"] = Field(
+        "harmbench", description="which model's question format [ours]"
+    )
+    quantization: Quantization = Field("nf4", description="of the judge [ours]")
+
+
+class JudgesConfig(Section):
+    """Who decides what an answer counts as. The first judge decides; the others are compared."""
+
+    harmful: list[Judge] = Field(
+        ["sandbox"], min_length=1, description="for harmful prompts [paper: a classifier]"
+    )
+    over_safety: list[Literal["sandbox", "keywords", "generative"]] = Field(
+        ["sandbox"], min_length=1, description="for harmless prompts [paper: human annotators]"
+    )
+    keywords: Literal["gcg", "jailbreakbench", "both"] = Field(
+        "both", description="published lists of refusal phrases [ours]"
+    )
+    batch_size: int = Field(8, ge=1, le=4096, description="responses judged at once [ours]")
+    max_tokens: int = Field(1024, ge=16, description="a longer response is cut for it [ours]")
+    classifier: ClassifierConfig = Field(default_factory=ClassifierConfig, description="the model")
+    generative: GenerativeConfig = Field(default_factory=GenerativeConfig, description="the model")
+
+
+class MtBenchConfig(Section):
+    """Open questions in two turns; scored only where a judge model is named."""
+
+    prompts: Name | None = Field(
+        None, description="hub id or file with prompt and category; null: not asked [paper]"
+    )
+    revision: str | None = Field(None, description="revision on the hub; null: the latest [ours]")
+    judge: Name | None = Field(
+        None, description="hub id or folder of a judge model; null: answers are stored [ours]"
+    )
+    judge_revision: str | None = Field(None, description="of the judge; null: the latest [ours]")
+    max_new_tokens: int = Field(512, ge=1, le=4096, description="length of an answer [ours]")
+
+
+class UtilityConfig(Section):
+    """Skill beyond the evaluation prompts: lm-eval tasks, MT-Bench, and always perplexity."""
+
+    tasks: list[Name] = Field([], description="lm-eval's names; empty: none [paper: seven tasks]")
+    include_path: Name | None = Field(None, description="folder of task files of one's own [ours]")
+    limit: int | None = Field(None, ge=1, description="documents a task; null: all [ours]")
+    num_fewshot: int | None = Field(None, ge=0, description="examples; null: the task's own [ours]")
+    chat_template: bool = Field(
+        True, description="tasks in the model's chat format; changes results a lot [ours]"
+    )
+    batch_size: int = Field(8, ge=1, le=4096, description="requests at once [ours]")
+    perplexity: Name = Field(
+        "sandbox", description="texts: 'sandbox', a name in sources or a JSONL file [ours]"
+    )
+    perplexity_texts: int = Field(200, ge=1, description="at most so many of them [ours]")
+    mt_bench: MtBenchConfig = Field(default_factory=MtBenchConfig, description="open questions")
 
 
 class ContinualConfig(Section):
@@ -257,6 +395,9 @@ class Config(Section):
         1, ge=1, le=1024, description="torch threads; 1 keeps bits equal on any machine; null: all"
     )
     outputs: Name = Field("outputs", description="root of the run folders")
+    mirror: Name | None = Field(
+        None, description="a folder that the run's is copied to as it goes, such as a mounted drive"
+    )
     backbone: BackboneConfig = Field(default_factory=BackboneConfig)
     sandbox: SandboxConfig = Field(default_factory=SandboxConfig)
     data: DataConfig = Field(default_factory=DataConfig)
@@ -264,6 +405,8 @@ class Config(Section):
     importance: ImportanceConfig = Field(default_factory=ImportanceConfig)
     patching: PatchingConfig = Field(default_factory=PatchingConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    judges: JudgesConfig = Field(default_factory=JudgesConfig)
+    utility: UtilityConfig = Field(default_factory=UtilityConfig)
     continual: ContinualConfig = Field(default_factory=ContinualConfig)
     baselines: BaselinesConfig = Field(default_factory=BaselinesConfig)
     comparison: ComparisonConfig = Field(default_factory=ComparisonConfig)
@@ -276,6 +419,15 @@ class Config(Section):
                 if category not in kept:
                     rule = f"but {category!r} is not among data.categories = {kept}"
                     raise Wrong("continual.stages", self.continual.stages, rule)
+        return self
+
+    @model_validator(mode="after")
+    def _sets_need_one_matrix_at_a_time(self):
+        if self.importance.save == "sets" and self.patching.scope == "global":
+            rule = (
+                "must be 'scores' where patching.scope is 'global': it ranks all matrices at once"
+            )
+            raise Wrong("importance.save", self.importance.save, rule)
         return self
 
     @classmethod

@@ -45,24 +45,32 @@ class Stage:
 
 
 _MODEL = ("backbone", "sandbox", "data")
-_CODE = ("backbone.py", "chat.py", "data.py", "examples.py", "plots.py", "sandbox/**/*")
+_EVALUATION = ("evaluation", "judges", "utility")
+_CODE = (
+    *("backbone.py", "chat.py", "data.py", "examples.py", "plots.py"),
+    *("readers/*.py", "sandbox/**/*"),
+)
+_JUDGE = ("evaluation.py", "judges/*.py", "utility.py")
 _DERIVE = (*_CODE, "derivation.py")
 _SCORE = (*_DERIVE, "importance.py", "scoring.py")
-_PATCH = (*_SCORE, "patching.py", "ablations.py", "balancing.py", "evaluation.py")
+_PATCH = (*_SCORE, "patching.py", "ablations.py", "balancing.py", *_JUDGE)
 STAGES = {
-    "00_backbone": Stage((*_MODEL, "evaluation"), (), (*_CODE, "evaluation.py"), True),
+    "00_backbone": Stage((*_MODEL, *_EVALUATION), (), (*_CODE, *_JUDGE), True),
     "01_patch_derivation": Stage((*_MODEL, "derivation"), ("00_backbone",), _DERIVE),
     "02_importance_analysis": Stage(
         (*_MODEL, "derivation", "importance"), ("00_backbone", "01_patch_derivation"), _SCORE
     ),
     "03_controllable_patching": Stage(
-        (*_MODEL, "derivation", "importance", "patching", "evaluation"),
+        (*_MODEL, "derivation", "importance", "patching", *_EVALUATION),
         ("00_backbone", "01_patch_derivation", "02_importance_analysis"),
         _PATCH,
         True,
     ),
     "04_continual_psa": Stage(
-        (*_MODEL, "derivation", "importance", "patching", "evaluation", "continual", "baselines"),
+        (
+            *(*_MODEL, "derivation", "importance", "patching"),
+            *("evaluation", "judges", "continual", "baselines"),
+        ),
         ("00_backbone",),  # so it runs beside 01-03
         (*_PATCH, "continual.py", "baselines/*.py"),
         True,

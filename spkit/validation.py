@@ -8,7 +8,7 @@ import difflib
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -145,6 +145,8 @@ def _sentence(model: type[Section], mistake: Mapping[str, Any]) -> str:
         return f"{key} is {raised.value!r}, {raised.rule}"
     owner, depth = _owner(model, path)
     key = ".".join(path)
+    if mistake["type"] == "missing":
+        return f"{key} is missing, allowed: {_allowed(owner, path[-1])}"
     if mistake["type"] in ("extra_forbidden", "invalid_key"):
         names = list(owner.model_fields)
         near = nearest(path[-1], names, prefix=".".join(path[:-1]))
@@ -160,11 +162,16 @@ def _sentence(model: type[Section], mistake: Mapping[str, Any]) -> str:
 def _owner(model: type[Section], path: list[str]) -> tuple[type[Section], int]:
     """The innermost section on the path, and how many parts of the path lead to it."""
     depth = 0
-    for part in path:
-        field = model.model_fields.get(part)
-        if field is None or not _is_section(field.annotation):
+    while depth < len(path):
+        field = model.model_fields.get(path[depth])
+        inner = field.annotation if field is not None else None
+        named = get_args(inner)[1:] if get_origin(inner) is dict else ()
+        if _is_section(inner):
+            model, depth = inner, depth + 1
+        elif named and _is_section(named[0]) and depth + 1 < len(path):
+            model, depth = named[0], depth + 2  # data.sources.<name>: a section under any name
+        else:
             break
-        model, depth = field.annotation, depth + 1
     return model, depth
 
 
@@ -177,7 +184,10 @@ def _allowed(model: type[Section], key: str, entry: int = 0) -> str:
     schema = model.model_json_schema()["properties"][key]
     for _ in range(entry):
         options = schema.get("anyOf", [schema])
-        schema = next(option for option in options if "items" in option)["items"]
+        inner = next((option for option in options if "items" in option), None)
+        if inner is None:  # one kind of several that the field may hold
+            break
+        schema = inner["items"]
     return _words(schema)
 
 
@@ -195,6 +205,7 @@ def _words(schema: Mapping[str, Any]) -> str:
         "string": "a text",
         "boolean": "true or false",
         "null": "null",
+        "object": "keys with values",
     }[kind]
     bounds = [
         ("exclusiveMinimum", "above"),

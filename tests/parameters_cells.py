@@ -15,9 +15,9 @@ from spkit.config import Config, load_params
 from spkit.validation import Section
 
 ROOT = Path(__file__).parents[1]
-TOP_LEVEL = ("seed", "run_name", "outputs", "threads")
+TOP_LEVEL = ("seed", "run_name", "outputs", "mirror", "threads")
 OWN = {  # each section stands in full in one notebook, and is {} in the others
-    "00_backbone": ("backbone", "sandbox", "data", "evaluation"),
+    "00_backbone": ("backbone", "sandbox", "data", "evaluation", "judges", "utility"),
     "01_patch_derivation": ("derivation",),
     "02_importance_analysis": ("importance",),
     "03_controllable_patching": ("patching",),

@@ -65,7 +65,7 @@ def test_load_in_half_precision(dtype, checkpoints):
 @pytest.mark.parametrize(
     "options, sentence",
     [
-        ({"dtype": "int8"}, "dtype is 'int8'; allowed are float32, bfloat16, float16."),
+        ({"dtype": "int8"}, "compute_dtype is 'int8'; allowed are auto, float32, bfloat16, float16."),
         ({"quantization": "int4"}, "quantization is 'int4'; allowed are none, nf4."),
         ({"device": "tpu"}, "device is 'tpu'; allowed are auto, cpu, cuda."),
     ],

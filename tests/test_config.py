@@ -89,7 +89,7 @@ def test_every_field_is_explained():
         (
             {"importance": 3},
             "importance is 3, allowed: a section with the keys "
-            "samples, batch_size, scored_model, loss_on",
+            "samples, batch_size, layers_per_pass, save, scored_model, loss_on",
         ),
         ({"seed": -1}, "seed is -1, allowed: a whole number at least 0 and at most 4294967295"),
         (

@@ -26,12 +26,12 @@ CONSTRAINTS = pins((ROOT / "constraints.txt").read_text(encoding="utf-8").splitl
 ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
 
 
-def requirements(names=("run", "dev")) -> list[Requirement]:
+def requirements(names=("run", "eval", "dev")) -> list[Requirement]:
     return [Requirement(line) for line in PROJECT["dependencies"] + sum(map(EXTRAS.get, names), [])]
 
 
 def test_constraints_pin_every_dependency_to_a_version_that_it_allows():
-    for requirement in requirements(("run", "dev", "eval", "tune")):
+    for requirement in requirements(("run", "eval", "dev", "tune")):
         pin = CONSTRAINTS[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(pin), requirement
     assert CONSTRAINTS["torch"] == "2.13.0"
