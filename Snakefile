@@ -21,7 +21,7 @@ from spkit.config import load_params
 from spkit.errors import SpkitError
 from spkit.files import atomic
 from spkit.notebook import why_failed
-from spkit.runs import NOTEBOOKS, STAGES, run_folder, stage_folder, stamp
+from spkit.runs import NOTEBOOKS, STAGES, Run, run_folder, stage_folder, stamp
 from spkit.validation import nearest
 
 PYTHON = shlex.quote(sys.executable)
@@ -37,6 +37,7 @@ try:
         config.get("params", "params/sandbox.yaml"),
         {**config.get("overrides", {}), **{k: config[k] for k in TOP_LEVEL if k in config}},
     )
+    Run.restore(CONFIG)  # what a mirror holds and this machine lacks, before anything is planned
     STAMPS = {stage: stamp(CONFIG, stage) for stage in STAGES}
 except SpkitError as error:
     sys.exit(f"spkit: {error}")

@@ -31,19 +31,23 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from spkit.config import PatchingConfig
+from spkit import importance
+from spkit.config import Config, PatchingConfig
+from spkit.deltas import LowRankDelta
 from spkit.derivation import Patch
 from spkit.errors import SpkitError
+from spkit.lazy import BitSets, Lazy
 from spkit.patching import (
     intersection_set,
-    kept_sets,
+    kept_set,
     merged_delta,
     norm,
     norm_matched,
@@ -74,27 +78,71 @@ ABLATIONS = {
 }
 
 
+class Deltas(Mapping):
+    """{tensor name: merged delta fp32 [out, in]} of one variant, computed when asked for.
+
+    Reading it through holds one matrix at a time. `factors` gives the low-rank form where the
+    variant keeps whole patches, for backbones whose weights are not written to (backbone.patched).
+    """
+
+    def __init__(self, names, compute, factors=None):
+        self._values, self._factors = Lazy(names, compute), factors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._values[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._values  # Mapping's own would compute the delta
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def factors(self, name: str) -> LowRankDelta | None:
+        """The delta as a sum of scale * B @ A, or None where only some positions are kept."""
+        return self._factors(name) if self._factors else None
+
+
+def whole_patches(*terms: tuple[Patch, float]) -> Deltas:
+    """strength * P of every (patch, strength), added up: every weight of each, nothing thinned."""
+    names = terms[0][0].factors
+
+    def add(name: str) -> Tensor:
+        return sum(strength * patch.delta(name) for patch, strength in terms)
+
+    def factors(name: str) -> LowRankDelta:
+        return LowRankDelta(tuple((*p.factors[name], p.scaling * x) for p, x in terms))
+
+    return Deltas(names, add, factors)
+
+
 @dataclass(frozen=True)
 class Variants:
     """What all variants of one run share: two patches, their importances, parameters, seed.
 
-    Iterating gives (name, {tensor name: delta fp32}) one variant at a time, so that only one
-    variant's deltas are in memory. SpkitError where patches and importances do not fit together.
+    scores_se, scores_osm: importances, or None where `tops` holds the two top-rate sets (S_SE and
+    S_OSM) that were made with config's rates; then no other rate, order or scope can be asked for.
+    Iterating gives (name, {tensor name: delta fp32}) one variant at a time, computed matrix by
+    matrix. SpkitError where patches and importances do not fit together.
     """
 
     se: Patch
     osm: Patch
-    scores_se: Mapping[str, Tensor]
-    scores_osm: Mapping[str, Tensor]
+    scores_se: Mapping[str, Tensor] | None
+    scores_osm: Mapping[str, Tensor] | None
     config: PatchingConfig
     seed: int
+    tops: tuple[BitSets, BitSets] | None = None
 
     def __post_init__(self):
         names = set(self.se.factors)
+        scored = (self.scores_se, self.scores_osm) if self.tops is None else self.tops
         others = {
             "the OSM patch": self.osm.factors,
-            "the SE importance": self.scores_se,
-            "the OSM importance": self.scores_osm,
+            "the SE importance": scored[0],
+            "the OSM importance": scored[1],
         }
         for what, other in others.items():
             for name in sorted(names ^ set(other)):
@@ -104,13 +152,18 @@ class Variants:
                 raise SpkitError(f"{lacking} lacks the tensor {name!r}, which {having} has")
         for name, own in self.se.factors.items():
             for what, other in others.items():
-                if _shape(other[name]) != _shape(own):
+                if _shape(other, name) != _shape({name: own}, name):
                     raise SpkitError(
-                        f"{name!r} is {_shape(own)} in the SE patch, but {_shape(other[name])} in "
-                        f"{what}"
+                        f"{name!r} is {_shape({name: own}, name)} in the SE patch, but "
+                        f"{_shape(other, name)} in {what}"
                     )
 
-    def __iter__(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    @property
+    def weights(self) -> int:
+        """How many weights the targeted matrices have."""
+        return sum(b.shape[0] * a.shape[1] for a, b in self.se.factors.values())
+
+    def __iter__(self) -> Iterator[tuple[str, Deltas]]:
         for name in VARIANTS:
             yield name, self.deltas(name)
 
@@ -118,29 +171,47 @@ class Variants:
 
     @cached_property
     def retained(self) -> tuple[Sets, Sets]:
-        """The random retention masks of SE and of OSM [paper]: one draw per patch."""
-        rate = self.config.retention_rate
-        return tuple(
-            {
-                name: retention_mask(
-                    score.shape, rate, seed=self.seed, patch=patch.name, tensor=name
-                )
-                for name, score in self.scores_se.items()
-            }
-            for patch in (self.se, self.osm)
-        )
+        """The random retention masks of SE and of OSM [paper]: one draw per patch.
 
-    def important(self) -> tuple[Sets, Sets]:
-        """S_SE and S_OSM: the top a % and the top b % of the importances [paper]."""
+        Each is drawn anew when it is asked for: it is a pure function of seed and name.
+        """
+
+        def masks(patch: Patch) -> Lazy:
+            def draw(name: str) -> Tensor:
+                shape = tuple(_shape(patch.factors, name))
+                rate = self.config.retention_rate
+                return retention_mask(shape, rate, seed=self.seed, patch=patch.name, tensor=name)
+
+            return Lazy(patch.factors, draw)
+
+        return masks(self.se), masks(self.osm)
+
+    def important(self, masks: tuple[Sets, Sets] | None = None) -> tuple[Sets, Sets]:
+        """S_SE and S_OSM: the top a % and the top b % of the importances [paper].
+
+        masks: among which weights, where the order is "rank_retained"; the retained ones.
+        """
+        if self.tops is not None:
+            return self.tops
         return tuple(
-            top_rate_sets(scores, rate, masks, order=self.config.order, scope=self.config.scope)
+            self._top(scores, rate, masks)
             for scores, rate, masks in zip(
                 (self.scores_se, self.scores_osm),
                 (self.config.top_rate_se, self.config.top_rate_osm),
-                self.retained,
+                masks or self.retained,
                 strict=True,
             )
         )
+
+    def _top(self, scores: Mapping[str, Tensor], rate: float, masks: Sets) -> Sets:
+        how = {"order": self.config.order, "scope": self.config.scope}
+        if self.config.scope == "global":  # all matrices are ranked against each other
+            return top_rate_sets(scores, rate, masks, **how)
+
+        def one(name: str) -> Tensor:
+            return top_rate_sets({name: scores[name]}, rate, masks, **how)[name]
+
+        return BitSets(Lazy(scores, one))
 
     def kept(self, variant: str) -> tuple[Sets, Sets]:
         """(keep_SE, keep_OSM) of one variant: the weights on which each patch keeps its delta."""
@@ -150,41 +221,43 @@ class Variants:
         if variant in CHANGED:
             return self._changed(variant).kept(SAFEPATCHING)
         if variant == RANDOM_SETS:
-            kept = self.kept(SAFEPATCHING)
             return tuple(
-                {n: random_set(k, seed=self.seed, patch=patch.name, tensor=n) for n, k in s.items()}
-                for patch, s in zip((self.se, self.osm), kept, strict=True)
+                BitSets(
+                    Lazy(
+                        kept,
+                        partial(_random_like, kept=kept, seed=self.seed, patch=patch.name),
+                    )
+                )
+                for patch, kept in zip((self.se, self.osm), self.kept(SAFEPATCHING), strict=True)
             )
-        if variant == NO_SUBTRACTION:
-            return tuple(
-                {name: mask & top[name] for name, mask in masks.items()}
-                for masks, top in zip(self.retained, self.important(), strict=True)
-            )
-        if variant == "intersection":
-            top_se, top_osm = self.important()
-            both = {name: intersection_set(top_se[name], top_osm[name]) for name in top_se}
-            return tuple(
-                {n: mask & both[n] for n, mask in masks.items()} for masks in self.retained
-            )
-        everything = (self._all(True), self._all(True))
-        return kept_sets(
-            self.scores_se,
-            self.scores_osm,
-            *(self.retained if variant == SAFEPATCHING else everything),
-            self.config.top_rate_se,
-            self.config.top_rate_osm,
-            order=self.config.order,
-            scope=self.config.scope,
+        masks = self.retained
+        if variant in (NO_RETENTION, NO_RETENTION_SCALED):
+            masks = (self._all(True), self._all(True))
+        top_se, top_osm = tops = self.important(masks)
+
+        def keep(mask: Sets, own: Sets, other: Sets, name: str) -> Tensor:
+            if variant == NO_SUBTRACTION:
+                return mask[name] & own[name]
+            if variant == "intersection":
+                return mask[name] & intersection_set(own[name], other[name])
+            return kept_set(mask[name], own[name], other[name])
+
+        return tuple(
+            BitSets(Lazy(own, partial(keep, mask, own, other)))
+            for mask, own, other in zip(masks, tops, (top_osm, top_se), strict=True)
         )
 
     def _changed(self, variant: str) -> "Variants":
+        if self.tops is not None and not set(CHANGED[variant]) <= {"scale", "rescale"}:
+            raise SpkitError(
+                f"{variant!r} needs the importances, and only the top-rate sets were saved: set "
+                "importance.save to 'scores'"
+            )
         return replace(self, config=self.config.model_copy(update=CHANGED[variant]))
 
     def _all(self, value: bool) -> Sets:
-        return {
-            name: torch.full(score.shape, value, dtype=torch.bool)
-            for name, score in self.scores_se.items()
-        }
+        factors = self.se.factors
+        return Lazy(factors, lambda name: torch.full(_shape(factors, name), value))
 
     # ---- the strengths ---------------------------------------------------------------------------
 
@@ -217,12 +290,13 @@ class Variants:
 
     # ---- the deltas ------------------------------------------------------------------------------
 
-    def deltas(self, variant: str) -> dict[str, Tensor]:
+    def deltas(self, variant: str) -> Deltas:
         """The merged delta of every weight matrix, fp32, zero outside the kept sets."""
         keep_se, keep_osm = kept = self.kept(variant)
         alpha, beta = self.strengths(variant, kept)
-        return {
-            name: merged_delta(
+
+        def merge(name: str) -> Tensor:
+            return merged_delta(
                 self.se.delta(name),
                 keep_se[name],
                 self.osm.delta(name),
@@ -230,8 +304,38 @@ class Variants:
                 alpha,
                 beta,
             )
-            for name in keep_se
-        }
+
+        def factors(name: str) -> LowRankDelta:
+            pairs = ((self.se, alpha), (self.osm, beta))
+            return LowRankDelta(
+                tuple((*patch.factors[name], patch.scaling * x) for patch, x in pairs if x)
+            )
+
+        return Deltas(self.se.factors, merge, factors if variant in WHOLE else None)
+
+
+def _random_like(name: str, *, kept: Sets, seed: int, patch: str) -> Tensor:
+    return random_set(kept[name], seed=seed, patch=patch, tensor=name)
+
+
+def load_variants(patches: Path, importances: Path, config: Config) -> Variants:
+    """What notebooks 01 and 02 left in their folders: two patches, and scores or top-rate sets.
+
+    SpkitError where a file is missing, or the sets were made with other top rates.
+    """
+    se, osm = (Patch.load(patches / f"{name}.safetensors") for name in ("se", "osm"))
+    if config.importance.save == "scores":
+        files = [importances / f"importance_{name}.safetensors" for name in ("se", "osm")]
+        return Variants(se, osm, *map(importance.load, files), config.patching, config.seed)
+    tops = tuple(BitSets.load(importances / f"top_{n}.safetensors") for n in ("se", "osm"))
+    for sets, key in zip(tops, ("top_rate_se", "top_rate_osm"), strict=True):
+        made, wanted = sets.about.get("top_rate"), getattr(config.patching, key)
+        if made != wanted:
+            raise SpkitError(
+                f"The sets in {importances} were made with patching.{key} {made}, and now it is "
+                f"{wanted}: run notebook 02 again, or with importance.save 'scores'"
+            )
+    return Variants(se, osm, None, None, config.patching, config.seed, tops)
 
 
 def random_set(like: Tensor, *, seed: int, patch: str, tensor: str) -> Tensor:
@@ -260,7 +364,7 @@ def where(sets: Mapping[str, Sets]) -> pd.DataFrame:
     sets: {label: {tensor name: bool}}. n: all weights of the matrix, k: those in the set.
     """
     rows = [
-        {"set": label, **_place(name), "n": mask.numel(), "k": int(mask.sum())}
+        {"set": label, **place(name), "n": mask.numel(), "k": int(mask.sum())}
         for label, masks in sets.items()
         for name, mask in masks.items()
     ]
@@ -277,7 +381,7 @@ def overlap(own: Sets, other: Sets) -> pd.DataFrame:
     """
     rows = [
         {
-            **_place(name),
+            **place(name),
             "own": int(mask.sum()),
             "other": int(other[name].sum()),
             "both": int(intersection_set(mask, other[name]).sum()),
@@ -293,15 +397,18 @@ def overlap(own: Sets, other: Sets) -> pd.DataFrame:
     return frame
 
 
-def _place(tensor: str) -> dict[str, str | int]:
+def place(tensor: str) -> dict[str, str | int]:
     """Layer number (-1 outside of the layers) and module of "model.layers.3.mlp.up_proj.weight"."""
     layer = re.search(r"\.(\d+)\.", tensor)
     module = tensor.removesuffix(".weight").rpartition(".")[2]
     return {"tensor": tensor, "layer": int(layer[1]) if layer else -1, "module": module}
 
 
-def _shape(matrix: Tensor | tuple[Tensor, Tensor]) -> list[int]:
-    """[out, in] of a score, or of the delta that the factors (A, B) make."""
+def _shape(matrices: Mapping, name: str) -> list[int]:
+    """[out, in] of a score, a set, or of the delta that the factors (A, B) make."""
+    if isinstance(matrices, BitSets):
+        return list(matrices.shape(name))
+    matrix = matrices[name]
     if isinstance(matrix, Tensor):
         return list(matrix.shape)
     a, b = matrix

@@ -10,17 +10,19 @@ or render chats (chat.py). It runs no code from a checkpoint and reads no pickle
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from spkit.deltas import LowRankDelta, SparseDelta
 from spkit.errors import SpkitError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUANTIZATIONS = ("none", "nf4")
 DEVICES = ("auto", "cpu", "cuda")
+Delta = torch.Tensor | SparseDelta | LowRankDelta
 
 
 def load(
@@ -38,13 +40,34 @@ def load(
     quantisation (QLoRA, arXiv 2305.14314) and compute in `dtype`; the rest is in `dtype`.
     Raises SpkitError, in one sentence, for what cannot be loaded or does not fit together.
     """
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
 
     _require("quantization", quantization, QUANTIZATIONS)
     place = resolve_device(device)
-    dtype = resolve_dtype(dtype, place)
+    options = {"dtype": resolve_dtype(dtype, place), "quantization": quantization, "device": place}
+    tokenizer = load_tokenizer(source, revision=revision, system_prompt=system_prompt)
+    model = read_model(AutoModelForCausalLM, source, revision=revision, **options)
+    check_tokenizer(model, tokenizer)
+    return model, tokenizer
+
+
+def read_model(
+    auto_class,
+    source: str | Path,
+    *,
+    revision: str | None,
+    dtype: str,
+    quantization: str,
+    device: str,
+) -> nn.Module:
+    """The model alone, of any of transformers' auto classes, in eval mode; see `load`.
+
+    dtype, device: resolved, no longer "auto". SpkitError also for a checkpoint that lacks a tensor.
+    """
+    from transformers import BitsAndBytesConfig
+
     source = _check_source(source)
-    options = {"dtype": DTYPES[dtype], "device_map": {"": place}}
+    options = {"dtype": DTYPES[dtype], "device_map": {"": device}}
     if quantization == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -52,9 +75,8 @@ def load(
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=DTYPES[dtype],
         )
-    tokenizer = load_tokenizer(source, revision=revision, system_prompt=system_prompt)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = auto_class.from_pretrained(
             source,
             revision=revision,
             use_safetensors=True,
@@ -68,8 +90,7 @@ def load(
         name = sorted(report["missing_keys"])[0]
         raise SpkitError(f"The checkpoint {source!r} lacks the tensor {name!r}; is it complete?")
     guard_nf4(model)
-    check_tokenizer(model, tokenizer)
-    return model.eval(), tokenizer
+    return model.eval()
 
 
 def load_tokenizer(
@@ -79,17 +100,8 @@ def load_tokenizer(
 
     system_prompt: kept on the tokenizer, where chat.py finds it for every prompt.
     """
-    from transformers import AutoTokenizer
-
     source = _check_source(source)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source, revision=revision, trust_remote_code=False
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise SpkitError(
-            f"No tokenizer can be loaded from {source!r}: {_first_line(error)}"
-        ) from error
+    tokenizer = read_tokenizer(source, revision=revision)
     if tokenizer.chat_template is None:
         raise SpkitError(
             f"The tokenizer of {source!r} has no chat template; use an instruction-tuned model."
@@ -101,6 +113,19 @@ def load_tokenizer(
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     tokenizer.system_prompt = system_prompt
     return tokenizer
+
+
+def read_tokenizer(source: str | Path, *, revision: str | None):
+    """The tokenizer as it is, whatever it lacks."""
+    from transformers import AutoTokenizer
+
+    source = _check_source(source)
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        raise SpkitError(
+            f"No tokenizer can be loaded from {source!r}: {_first_line(error)}"
+        ) from error
 
 
 def check_tokenizer(model: nn.Module, tokenizer) -> None:
@@ -215,46 +240,83 @@ def effective_weight(module: nn.Module) -> torch.Tensor:
 
 
 @contextmanager
-def patched(model: nn.Module, deltas: Mapping[str, torch.Tensor]) -> Iterator[nn.Module]:
-    """Inside the `with`, the model's weights are W + delta; afterwards its exact bits are back.
+def patched(model: nn.Module, deltas: Mapping[str, Delta]) -> Iterator[nn.Module]:
+    """Inside the `with` the model is W + delta; afterwards it is exactly as before.
 
-    deltas: {checkpoint tensor name: [out, in]} for a bare model in full precision. Only positions
-    where the delta is not 0 are written, in fp32 and then rounded to the weight's dtype, exactly as
-    patching.compose does; all others keep their bits. Restored also when the body raises.
+    deltas: {checkpoint tensor name: [out, in]} for a bare model; read one matrix at a time, so a
+    mapping that computes them will do. Restored also when the body raises.
+
+    Full-precision weights: only positions where the delta is not 0 are written, in fp32 and then
+    rounded to the weight's dtype, exactly as patching.compose does; all others keep their bits.
+    4-bit weights stay as they are, and the unquantised delta's product is added to the layer's
+    output (deltas.py); a mapping with `factors` may give whole patches by their factors.
     SpkitError, before the body runs, for an unknown name, another shape, or a non-finite result.
     """
-    weights = {name: _full_precision_weight(model, name, delta) for name, delta in deltas.items()}
-    saved: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    try:
-        for name, weight in weights.items():
-            delta = deltas[name].detach().to(weight.device).flatten()
-            where = delta.nonzero().squeeze(1)
-            flat = weight.data.view(-1)
-            old = flat[where]
-            new = (old.float() + delta[where].float()).to(weight.dtype)
-            if not bool(torch.isfinite(new).all()):
-                raise SpkitError(f"Adding the delta to {name!r} gives values that are not finite.")
-            saved[name] = (where, old)
-            flat[where] = new
+    with ExitStack() as undo:
+        for name in deltas:
+            layer = _layer(model, name)
+            factors = getattr(deltas, "factors", lambda name: None)(name)
+            if getattr(layer.weight, "quant_state", None) is None:
+                _write(layer.weight, name, deltas[name], undo)
+            else:
+                _add_output(layer, name, factors or deltas[name], undo)
         yield model
-    finally:
-        for name, (where, old) in saved.items():
-            weights[name].data.view(-1)[where] = old
 
 
-def _full_precision_weight(model: nn.Module, name: str, delta: torch.Tensor) -> nn.Parameter:
+def _write(weight: nn.Parameter, name: str, delta: Delta, undo: ExitStack) -> None:
+    """Add the delta to a full-precision weight in place; `undo` puts the old bits back."""
+    if not weight.is_floating_point():
+        raise SpkitError(f"{name!r} is neither a full-precision weight nor NF4.")
+    _check_shape(name, delta, tuple(weight.shape))
+    if isinstance(delta, LowRankDelta):
+        delta = delta.dense()
+    sparse = (SparseDelta.of(delta.detach()) if isinstance(delta, torch.Tensor) else delta).to(
+        weight.device
+    )
+    where, flat = sparse.positions.long(), weight.data.view(-1)
+    old = flat[where]
+    new = (old.float() + sparse.values.float()).to(weight.dtype)
+    if not bool(torch.isfinite(new).all()):
+        raise SpkitError(f"Adding the delta to {name!r} gives values that are not finite.")
+    flat[where] = new
+
+    def restore(where=sparse.positions, old=old):
+        weight.data.view(-1)[where.long()] = old
+
+    undo.callback(restore)
+
+
+def _add_output(layer: nn.Module, name: str, delta: Delta, undo: ExitStack) -> None:
+    """Let a 4-bit layer answer W4 x + D x; `undo` takes the hook off."""
+    _check_shape(name, delta, (layer.out_features, layer.in_features))
+    device = layer.weight.device
+    if isinstance(delta, torch.Tensor):
+        delta = SparseDelta.of(delta.detach())
+    dtype = getattr(layer, "compute_dtype", None) or torch.float32
+    held = delta.to(device, dtype)
+    parts = [held.values] if isinstance(held, SparseDelta) else [x for t in held.terms for x in t]
+    if not all(bool(torch.isfinite(torch.as_tensor(part)).all()) for part in parts):
+        raise SpkitError(f"The delta of {name!r} has values that are not finite in {dtype}.")
+    hook = layer.register_forward_hook(
+        lambda module, inputs, output: output + held.output(inputs[0].to(dtype)).to(output.dtype)
+    )
+    undo.callback(hook.remove)
+
+
+def _layer(model: nn.Module, name: str) -> nn.Module:
     try:
-        module = model.get_submodule(name.removesuffix(".weight"))
+        layer = model.get_submodule(name.removesuffix(".weight"))
+        layer.weight  # noqa: B018
     except AttributeError:
         raise SpkitError(f"The model has no weight matrix {name!r}.") from None
-    weight = getattr(module, "weight", None)
-    if weight is None or not weight.is_floating_point():
-        raise SpkitError(f"{name!r} is not a full-precision weight; load the model unquantised.")
-    if weight.shape != delta.shape:
+    return layer
+
+
+def _check_shape(name: str, delta: Delta, shape: tuple[int, ...]) -> None:
+    if tuple(delta.shape) != shape:
         raise SpkitError(
-            f"The delta of {name!r} has shape {list(delta.shape)}, its weight {list(weight.shape)}."
+            f"The delta of {name!r} has shape {list(delta.shape)}, its weight {list(shape)}."
         )
-    return weight
 
 
 def _base(module: nn.Module) -> nn.Module:

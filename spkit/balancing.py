@@ -23,38 +23,54 @@ import torch
 from torch import Tensor
 
 from spkit.ablations import SAFEPATCHING, Variants
-from spkit.backbone import patched
-from spkit.chat import answer_loss, collate, encode_pair
-from spkit.data import sample
+from spkit.backbone import Delta, patched
+from spkit.chat import answer_loss
+from spkit.config import ImportanceConfig
+from spkit.deltas import SparseDelta
 from spkit.examples import HarmfulPair
+from spkit.lazy import Lazy
+from spkit.scoring import calibration_batches
 
 QUANTILE = 0.05
 LOWEST, HIGHEST, HALVINGS = 0.02, 20.0, 8
+AT_ONCE = 4096  # tokens of one batch; the logits of a vocabulary of 128,000 then take 2 GB
 
-Losses = Callable[[Mapping[str, Tensor]], Tensor]  # {tensor name: delta} -> nats, fp32 [pairs]
+Losses = Callable[[Mapping[str, Delta]], Tensor]  # {tensor name: delta} -> nats, fp32 [pairs]
 
 
 def first_token_losses(
-    model, tokenizer, pairs: Sequence[HarmfulPair], *, samples: int, seed: int
+    model,
+    tokenizer,
+    pairs: Sequence[HarmfulPair],
+    config: ImportanceConfig,
+    *,
+    seed: int,
+    max_tokens: int | None = None,
 ) -> Losses:
     """The loss of the first answer token of model + deltas on D_h, one value a pair, in nats.
 
-    model: the bare backbone in full precision; it gets its bits back after each call.
-    samples, seed: the calibration pairs are those of the importances (scoring.score_patch).
+    model: the bare backbone, in full precision or NF4; it is as before after each call.
+    config, seed: the calibration pairs are those of the importances (scoring.py). They are asked in
+    one batch where they fit into AT_ONCE tokens: how they are batched decides the last bits of a
+    loss, and where two patches are in balance these decide what is found.
     """
-    chosen = sample(list(pairs), samples, seed)
-    encoded = [encode_pair(tokenizer, p.prompt, p.response) for p in chosen]
-    batch = collate(encoded, tokenizer.pad_token_id)
+    how = {"seed": seed, "max_tokens": max_tokens}
+    batches = calibration_batches(tokenizer, pairs, config, **how, at_once=True)
+    if batches[0]["input_ids"].numel() > AT_ONCE:
+        batches = calibration_batches(tokenizer, pairs, config, **how)
     device = model.get_input_embeddings().weight.device
-    inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
-    labels = batch["labels"].to(device)
 
     @torch.inference_mode()
-    def losses(deltas: Mapping[str, Tensor]) -> Tensor:
+    def losses(deltas: Mapping[str, Delta]) -> Tensor:
+        found = []
         with patched(model, deltas):
-            by_token, mask = answer_loss(model(**inputs).logits, labels)
-        first = mask.long().argmax(dim=1, keepdim=True)
-        return by_token.gather(1, first).squeeze(1).float().cpu()
+            for batch in batches:
+                inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
+                logits = model(**inputs, use_cache=False).logits
+                by_token, mask = answer_loss(logits, batch["labels"].to(device))
+                first = mask.long().argmax(dim=1, keepdim=True)
+                found.append(by_token.gather(1, first).squeeze(1).float().cpu())
+        return torch.cat(found)
 
     return losses
 
@@ -77,11 +93,18 @@ def balance(loss_at: Callable[[float], float], target: float) -> float:
 
 
 def unlearnt(losses: Losses, se: Mapping[str, Tensor], osm: Mapping[str, Tensor]):
-    """(alpha, beta) -> the 5 % quantile of the losses at alpha * se + beta * osm, in nats."""
+    """(alpha, beta) -> the 5 % quantile of the losses at alpha * se + beta * osm, in nats.
+
+    Both are read once and kept as positions and values, which is little where little is kept.
+    """
+    halves = {name: (SparseDelta.of(se[name]), SparseDelta.of(osm[name])) for name in se}
 
     def at(alpha: float, beta: float = 1.0) -> float:
-        deltas = {name: alpha * delta + beta * osm[name] for name, delta in se.items()}
-        return torch.quantile(losses(deltas), QUANTILE).item()
+        def both(name: str) -> Tensor:
+            one, other = halves[name]
+            return alpha * one.dense() + beta * other.dense()
+
+        return torch.quantile(losses(Lazy(halves, both)), QUANTILE).item()
 
     return at
 

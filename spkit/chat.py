@@ -10,6 +10,7 @@ What this file does not do: load tokenizers (backbone.py), read data (data.py), 
 
 from collections.abc import Sequence
 
+import jinja2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -20,20 +21,60 @@ IGNORE = -100  # torch's cross_entropy leaves such labels out
 LOSS_ON = ("answer", "question")
 
 
-def encode_prompt(tokenizer, prompt: str) -> list[int]:
-    """Token ids of the user's turn, up to and including the opening of the assistant's turn."""
-    return _render(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
+def encode_prompt(tokenizer, prompt: str | Sequence[str]) -> list[int]:
+    """Token ids of the user's turn, up to and including the opening of the assistant's turn.
+
+    A sequence of texts is a conversation: user, assistant, ... up to the user's last turn.
+    """
+    return _render(tokenizer, messages(tokenizer, prompt), add_generation_prompt=True)
+
+
+def messages(tokenizer, prompt: str | Sequence[str]) -> list[dict[str, str]]:
+    """The turns up to the user's last, with `tokenizer.system_prompt` where one is set.
+
+    The rule: a system turn where the chat format has a system role; else (Gemma, Mistral v0.1) the
+    system prompt stands at the beginning of the user's first turn, with an empty line after it.
+    """
+    texts = [prompt] if isinstance(prompt, str) else prompt
+    turns = [
+        {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)
+    ]
+    system = getattr(tokenizer, "system_prompt", None)
+    if not system:
+        return turns
+    if has_system_role(tokenizer):
+        return [{"role": "system", "content": system}, *turns]
+    return [{"role": "user", "content": f"{system}\n\n{texts[0]}"}, *turns[1:]]
+
+
+def has_system_role(tokenizer) -> bool:
+    """Whether the chat template takes a system turn *and* shows what it says.
+
+    Templates differ: some refuse one with an error, some drop it without a word.
+    """
+    mark = "spkit asks whether this is shown"
+    turns = [{"role": "system", "content": mark}, {"role": "user", "content": "x"}]
+    try:
+        shown = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    except (jinja2.TemplateError, ValueError):  # the template's own raise_exception
+        return False
+    return mark in shown
 
 
 def encode_pair(
-    tokenizer, prompt: str, response: str, loss_on: str = "answer"
+    tokenizer,
+    prompt: str,
+    response: str,
+    loss_on: str = "answer",
+    max_tokens: int | None = None,
 ) -> tuple[list[int], list[int]]:
     """One (x, y) as (input ids, labels), two lists of the same length.
 
     loss_on="answer" [paper, for the derivation]: the loss is on the response and on the token that
     ends the turn; the prompt, with all that the template adds to it, is masked.
     loss_on="question": the other way round (the paper's text on SNIP says "questions").
-    Raises SpkitError for an empty response or an unknown `loss_on`.
+    max_tokens: a longer pair loses the end of its answer, and with it the end of the turn.
+    Raises SpkitError for an empty response, an unknown `loss_on`, or a prompt that leaves no room.
     """
     if loss_on not in LOSS_ON:
         raise SpkitError(f"loss_on is {loss_on!r}; allowed are {', '.join(LOSS_ON)}.")
@@ -41,6 +82,13 @@ def encode_pair(
         raise SpkitError(f"The response to {prompt[:60]!r} is empty; a pair needs both texts.")
     question = encode_prompt(tokenizer, prompt)
     answer = _encode_answer(tokenizer, prompt, response, question)
+    if max_tokens is not None and len(question) + len(answer) > max_tokens:
+        if len(question) >= max_tokens:
+            raise SpkitError(
+                f"The prompt {prompt[:40]!r}... takes {len(question)} tokens, and data.max_tokens "
+                f"is {max_tokens}: no room for an answer; raise it or leave the pair out."
+            )
+        answer = answer[: max_tokens - len(question)]
     if loss_on == "answer":
         labels = [IGNORE] * len(question) + answer
     else:
@@ -127,7 +175,7 @@ def _render(tokenizer, messages: list[dict[str, str]], *, add_generation_prompt:
 
 def _encode_answer(tokenizer, prompt: str, response: str, question: list[int]) -> list[int]:
     """The ids that the assistant should say: the response and the end of its turn."""
-    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    turns = [*messages(tokenizer, prompt), {"role": "assistant", "content": response}]
     whole = _render(tokenizer, turns, add_generation_prompt=False)
     special = set(tokenizer.all_special_ids)
     if whole[: len(question)] == question and len(whole) > len(question):

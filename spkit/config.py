@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from spkit.errors import SpkitError
-from spkit.validation import Section, Wrong, checked, read_yaml, with_overrides
+from spkit.validation import Section, Wrong, checked, read_yaml, refuse_tokens, with_overrides
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["nf4", "none"]
@@ -100,7 +100,7 @@ class DataConfig(Section):
     max_tokens: int | None = Field(
         None, ge=16, description="a longer pair is cut at so many tokens; null: no limit [ours]"
     )
-    evaluation: Name | list[Name] = Field(
+    evaluation: Name | Annotated[list[Name], Field(min_length=1)] = Field(
         "sandbox", description="prompts: 'sandbox', a file, or names in sources [ours]"
     )
     dev_share: float = Field(
@@ -193,8 +193,8 @@ class DerivationConfig(Section):
 class ImportanceConfig(Section):
     samples: int = Field(64, ge=1, description="calibration pairs from D_h [ours; SNIP is paper]")
     batch_size: int = Field(8, ge=1, le=4096, description="pairs a pass; speed only [ours]")
-    layers_per_pass: int | Literal["auto"] | None = Field(
-        None, ge=1, description="layers scored at once; auto: by free memory; null: all [ours]"
+    layers_per_pass: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+        None, description="layers scored at once; auto: by free memory; null: all [ours]"
     )
     save: Literal["scores", "sets"] = Field(
         "scores", description="scores, or only the top-rate sets of patching, a bit each [ours]"
@@ -423,11 +423,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _sets_need_one_matrix_at_a_time(self):
-        if self.importance.save == "sets" and self.patching.scope == "global":
-            rule = (
-                "must be 'scores' where patching.scope is 'global': it ranks all matrices at once"
-            )
-            raise Wrong("importance.save", self.importance.save, rule)
+        if self.importance.save == "sets":
+            for key, allowed in (("scope", "matrix"), ("order", "rank_all")):
+                if getattr(self.patching, key) != allowed:
+                    rule = f"which needs patching.{key} {allowed!r}: only then are sets final"
+                    raise Wrong("importance.save", "sets", rule)
         return self
 
     @classmethod
@@ -435,6 +435,7 @@ class Config(Section):
         cls, values: Mapping[str, Any], overrides: Mapping[str, Any] | None = None
     ) -> "Config":
         """Validate nested `values`, after setting `overrides` ({"patching.alpha": 2.0}) in them."""
+        refuse_tokens({**values, "overrides": overrides})
         return checked(cls, with_overrides(cls, values, overrides or {}))
 
 
@@ -442,6 +443,7 @@ def load_params(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     """Read a params file (YAML). A key `overrides` in it is applied first, then `overrides`."""
     values = read_yaml(path)
     try:
+        refuse_tokens(values)
         in_file = values.pop("overrides", None) or {}
         if not isinstance(in_file, Mapping):
             raise SpkitError(f"overrides is {in_file!r}, allowed: dotted keys with values")

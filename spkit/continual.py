@@ -18,7 +18,7 @@ What this file does not do: derive, score, patch or judge by itself.
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -31,11 +31,13 @@ from spkit.baselines import METHODS as BASELINES
 from spkit.baselines.balanced import NAME as BALANCED
 from spkit.baselines.bundle import make_bundle
 from spkit.baselines.method import check_setting
+from spkit.checkpoint import difference, local_folder, write_patched
 from spkit.config import Config
 from spkit.data import load_harmful_pairs
-from spkit.evaluation import COLUMNS, evaluate, rates
+from spkit.evaluation import COLUMNS, rates, respond
 from spkit.examples import EvalPrompt
 from spkit.files import atomic
+from spkit.scoring import score_windows, top_rate_bits
 
 STAGE_SEEDS = 1000  # seed * 1000 + stage: another draw for each stage, none used twice
 
@@ -53,31 +55,45 @@ METHODS = {
 
 def stage_deltas(
     source: str | Path, pairs: list, config: Config, method: str, seed: int
-) -> dict[str, Tensor]:
+) -> Mapping[str, Tensor]:
     """The merged delta of every weight matrix: what `method` makes of one stage's pairs.
 
-    SafePatching has its setting from `patching`, the others from `continual.settings`.
+    SafePatching has its setting from `patching`, the others from `continual.settings`. The model of
+    the stage before is quantised anew for the derivation.
     """
     model, tokenizer = load(
         source, quantization=config.derivation.quantization, **config.backbone.loading
     )
     _, name = METHODS[method]
-    bundle = make_bundle(model, tokenizer, pairs, config, seed=seed, needs=BASELINES[name].needs)
     setting = dict(config.continual.settings.get(method, {}))
-    if name not in (SAFEPATCHING, BALANCED):
-        return BASELINES[name].deltas(bundle, setting, seed)
     patching = config.patching
     if name == BALANCED:
         check_setting(BALANCED, BASELINES[BALANCED].space, setting)
         over = {"balance": setting.pop("target"), "scale": "norm_matched", **setting}
         patching = patching.model_copy(update=over)
-    patches = (bundle.patches["se"], bundle.patches["osm"])
-    scores = (bundle.scores["se"], bundle.scores["osm"])
-    variants = Variants(*patches, *scores, patching, seed)
+    ours, sets = name in (SAFEPATCHING, BALANCED), config.importance.save == "sets"
+    bundle = make_bundle(
+        *(model, tokenizer, pairs, config),
+        seed=seed,
+        needs=BASELINES[name].needs,
+        scored=ours and not sets,
+    )
+    if not ours:
+        return BASELINES[name].deltas(bundle, setting, seed)
+    se, osm = bundle.patches["se"], bundle.patches["osm"]
+    how = {"seed": seed, "max_tokens": config.data.max_tokens}
+    if sets:
+        windows = score_windows(model, tokenizer, [se, osm], pairs, config.importance, **how)
+        tops = top_rate_bits(windows, patching)
+        variants = Variants(se, osm, None, None, patching, seed, (tops["se"], tops["osm"]))
+    else:
+        variants = Variants(se, osm, bundle.scores["se"], bundle.scores["osm"], patching, seed)
     if patching.balance is not None:
-        model, tokenizer = load(source, **config.backbone.loading)  # unquantised
-        samples = config.importance.samples
-        losses = first_token_losses(model, tokenizer, pairs, samples=samples, seed=seed)
+        quantization = config.evaluation.quantization
+        if quantization != config.derivation.quantization:
+            del model  # before the other one is loaded
+            model, tokenizer = load(source, quantization=quantization, **config.backbone.loading)
+        losses = first_token_losses(model, tokenizer, pairs, config.importance, **how)
         variants = balanced(variants, losses)
     return variants.deltas(SAFEPATCHING)
 
@@ -87,14 +103,16 @@ def run_stages(
     config: Config,
     folder: str | Path,
     prompts: Sequence[EvalPrompt],
-    judge: Callable[[EvalPrompt, str], str],
     *,
     identity: str,
+    saved: Callable[[], object] | None = None,
 ) -> pd.DataFrame:
-    """What every method's model answers after every stage: evaluate's columns and `stage` (from 1).
+    """What every method's model answers after every stage: respond's columns and `stage` (from 1).
 
+    The answers are not judged here: a judge may need the device for itself.
     folder: where the stages' folders `<method>/stage-<k>` go. identity: what the run is made from;
-    stages that lie there with the same identity are read and not repeated.
+    stages that lie there with the same identity are read and not repeated. saved: called after
+    each.
     """
     frames = []
     for method in config.continual.methods:
@@ -104,11 +122,14 @@ def run_stages(
         for k, categories in enumerate(stages, start=1):
             here = folders[k - 1]
             if k > done:
+                base = local_folder(source, config.backbone.revision)
                 from_base = k == 1 or method == "joint"
-                start = source if from_base else folders[k - 2] / "model"
+                start = base if from_base else folders[k - 2] / "model"
                 print(f"{METHODS[method][0]}, stage {k} of {len(stages)}: {', '.join(categories)}")
                 with atomic(here) as made:
-                    _stage(method, k, start, made, config, prompts, judge, identity)
+                    _stage(method, k, base, start, made, config, prompts, identity)
+                if saved is not None:
+                    saved()
             for old in folders[: k - 1]:
                 shutil.rmtree(old / "model", ignore_errors=True)
             frame = pd.read_csv(here / "responses.csv", keep_default_na=False)
@@ -136,30 +157,40 @@ def stage_seed(seed: int, stage: int) -> int:
     return seed * STAGE_SEEDS + stage
 
 
-def _stage(method, k, source, folder, config, prompts, judge, identity) -> None:
+def _stage(method, k, base, source, folder, config, prompts, identity) -> None:
     """One stage of one method: from the model at `source` to model, responses and stage.json."""
     stages = config.continual.stages
     learnt = stages[:k] if method == "joint" else stages[k - 1 : k]
     categories = [category for stage in learnt for category in stage]
     pairs = load_harmful_pairs(config.data, seed=config.seed, categories=categories)
     deltas = stage_deltas(source, pairs, config, method, stage_seed(config.seed, k))
-    model, tokenizer = load(source, **config.backbone.loading)
     folder.mkdir()
-    with patched(model, deltas):
-        model.save_pretrained(folder / "model")
-        tokenizer.save_pretrained(folder / "model")
-        responses = evaluate(
-            model,
-            tokenizer,
-            prompts,
-            judge,
-            name=METHODS[method][0],
-            max_new_tokens=config.evaluation.max_new_tokens,
-            batch_size=config.evaluation.batch_size,
-        )
+    write_patched(source, deltas, folder / "model")
+    responses = _answers(base, folder / "model", deltas, config, prompts, METHODS[method][0])
     responses.to_csv(folder / "responses.csv", index=False, lineterminator="\n")
     about = {"identity": identity, "method": method, "stage": k, "categories": categories}
     (folder / "stage.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def _answers(base, model_folder, deltas, config, prompts, name) -> pd.DataFrame:
+    """What the model of one stage answers, in full precision or as the 4-bit backbone + delta.
+
+    In 4 bits the *first* backbone carries all that has changed since: quantised again, the patches
+    of earlier stages could vanish.
+    """
+    settings = {
+        "name": name,
+        "max_new_tokens": config.evaluation.max_new_tokens,
+        "batch_size": config.evaluation.batch_size,
+    }
+    if config.evaluation.quantization == "none":
+        model, tokenizer = load(model_folder, **config.backbone.loading)
+        return respond(model, tokenizer, prompts, **settings)
+    model, tokenizer = load(
+        base, quantization=config.evaluation.quantization, **config.backbone.loading
+    )
+    with patched(model, difference(base, model_folder, deltas)):
+        return respond(model, tokenizer, prompts, **settings)
 
 
 def _complete(folders: list[Path], identity: str) -> int:

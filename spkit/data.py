@@ -1,35 +1,34 @@
-"""Harmful pairs (D_h) and evaluation prompts: from the sandbox, or from JSONL files of one's own.
+"""Harmful pairs (D_h) and evaluation prompts of a run: from the sandbox, data sets or own files.
 
-One JSON object a line, UTF-8. Harmful pairs: "prompt", "response", "category" (and "id").
-Evaluation prompts: "prompt", "objective", "category" (and "id", "group", "phrasing", "reference",
-"forbidden", "split"). Other keys are left alone. Every error names file and row.
+The readers (spkit/readers) say what the rows of a data set are. Here a run's choices are made:
+which categories, which split and group, how many, and that no evaluation prompt is one of D_h.
 
 `sandbox` is the one place through which the embedded sandbox comes in: its text, its backbone and
 its judge. This file neither tokenizes nor scores.
 """
 
-import difflib
 import hashlib
 import importlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from spkit.config import Config, DataConfig, EvaluationConfig
+import pandas as pd
+
+from spkit.config import Config, DataConfig, EvaluationConfig, SourceConfig
 from spkit.errors import SpkitError
-from spkit.examples import EvalPrompt, HarmfulPair
+from spkit.examples import GROUPS, EvalPrompt, HarmfulPair
 from spkit.files import atomic
+from spkit.readers import own, read
+from spkit.readers.record import Record
+from spkit.readers.source import is_local, resolve
+from spkit.readers.texts import digest, normalised, split_of
+from spkit.readers.wrappers import read_wrappers, wrapped
 from spkit.validation import nearest
-
-GROUPS = {
-    "harmful": ("seen", "unseen"),
-    "over_safety": ("harmless",),
-    "utility": ("utility",),
-}  # objective -> the groups it is split into; a row without a group belongs to the first
-
 
 SHIPPED = Path(__file__).parent / "sandbox" / "weights"  # made by the recipe in its recipe.json
 
@@ -44,43 +43,190 @@ def load_harmful_pairs(
 ) -> list[HarmfulPair]:
     """D_h: at most `data.pairs` pairs of the wanted categories, a pure function of the arguments.
 
-    categories: instead of `data.categories`, for one stage of continual patching. Raises SpkitError
-    for a bad file or row, a category that the source does not have, and an empty D_h.
+    A pair with several categories counts in the first wanted one, so it may be in two stages of
+    continual patching. categories: instead of `data.categories`, for one such stage.
+    Raises SpkitError for a bad file or row, a source without responses, a category that the source
+    does not have, an empty D_h, and a pair for which `data.responses` has no response.
     """
     wanted = data.categories if categories is None else categories
     if data.harmful == "sandbox":
-        world = sandbox("world")
-        known = list(world.SEEN_CATEGORIES)
-        _check_categories(wanted, known, "the sandbox")
-        return world.harmful_pairs(tuple(wanted or known), data.pairs, seed)
-    pairs = read_harmful_pairs(data.harmful)
-    _check_categories(wanted, sorted({pair.category for pair in pairs}), data.harmful)
-    kept = [pair for pair in pairs if wanted is None or pair.category in wanted]
-    return sample(kept, data.pairs, seed)
+        return _sandbox_pairs(data, wanted, data.pairs, seed)
+    return sample(_source_pairs(data, wanted), data.pairs, seed)
 
 
 def load_eval_prompts(data: DataConfig, evaluation: EvaluationConfig) -> list[EvalPrompt]:
     """The held-out prompts of `evaluation.split`, at most `prompts_per_cell` of each group.
 
+    Behind each harmful prompt come its copies in `data.wrappers`, which do not count in the cell.
+    Of all but the sandbox's prompts (which are disjoint by construction), those that D_h's source
+    holds in the kept categories are left out, and so are second copies; a line says how many.
     The same prompts for every seed, so that runs can be compared. Raises SpkitError for a bad file
-    or row, and where the split is empty.
+    or row, a source of which nothing is held out, and where the split is empty.
     """
-    cell = evaluation.prompts_per_cell
-    if data.evaluation == "sandbox":
-        world = sandbox("world")
+    cell, split = evaluation.prompts_per_cell, evaluation.split
+    templates = read_wrappers(data.wrappers)
+    names = _evaluation_names(data)
+    prompts = []
+    if "sandbox" in names:
         at_most = {} if cell is None else {"per_cell": cell}
-        return world.eval_prompts(evaluation.split, **at_most)
-    prompts = read_eval_prompts(data.evaluation, evaluation.split)
-    groups: dict[str, list[EvalPrompt]] = {}
-    for prompt in prompts:
-        groups.setdefault(prompt.group, []).append(prompt)
-    return [prompt for group in groups.values() for prompt in sample(group, cell, seed=0)]
+        prompts += sandbox("world").eval_prompts(split, **at_most)
+    if names != ["sandbox"]:
+        prompts = _unique_ids(prompts + _source_prompts(data, names, split))
+        groups: dict[str, list[EvalPrompt]] = {}
+        for prompt in prompts:
+            groups.setdefault(prompt.group, []).append(prompt)
+        prompts = [prompt for group in groups.values() for prompt in sample(group, cell, seed=0)]
+    if not prompts:
+        raise SpkitError(f"{', '.join(names)}: no prompt of the split {split!r} (evaluation.split)")
+    return _unique_ids(wrapped(prompts, templates)) if templates else prompts
 
 
 def fingerprint(pairs: Sequence[HarmfulPair]) -> str:
     """SHA-256 of D_h's text in hex: names the set without showing it; order does not matter."""
-    rows = sorted(json.dumps([p.prompt, p.response, p.category]) for p in pairs)
-    return hashlib.sha256("\n".join(rows).encode()).hexdigest()
+    return digest([p.prompt, p.response, p.category] for p in pairs)
+
+
+def source_fingerprint(source: SourceConfig, role: str = "evaluation") -> str:
+    """SHA-256 in hex of the text of all rows that are read from a source in this role.
+
+    role: "D_h" or "evaluation", as which it is read. SpkitError for a bad file or row.
+    """
+    return digest([r.prompt, r.response, *r.categories] for r in read(source, role))
+
+
+def describe(data: DataConfig, evaluation: EvaluationConfig) -> pd.DataFrame:
+    """One row per source for the run's record, without any text of it.
+
+    Columns: role ("D_h" or "evaluation"), source (as the parameters name it), reader, revision
+    ("latest" where none is named, "" where there are none), rows, fingerprint: of all that is read
+    from the source, before categories, split and number are chosen.
+    """
+    used = [("D_h", "data.harmful", data.harmful)]
+    used += [("evaluation", "data.evaluation", name) for name in _evaluation_names(data)]
+    rows = []
+    for role, key, name in used:
+        if name == "sandbox":
+            world = sandbox("world")
+            if role == "D_h":
+                found = world.harmful_pairs(count=None)
+                texts = [[pair.prompt, pair.response, pair.category] for pair in found]
+            else:
+                found = world.eval_prompts(evaluation.split)
+                texts = [[prompt.prompt, "", prompt.category] for prompt in found]
+            rows.append((role, name, "sandbox", "", len(texts), digest(texts)))
+        else:
+            source = resolve(data, name, key)
+            revision = source.revision or ("" if is_local(source.path) else "latest")
+            count, named = len(read(source, role)), source_fingerprint(source, role)
+            rows.append((role, name, source.reader, revision, count, named))
+    return pd.DataFrame(rows, columns="role source reader revision rows fingerprint".split())
+
+
+# ---- from records to the pairs and prompts of a run ----------------------------------------------
+
+
+def _sandbox_pairs(data, wanted, count: int | None, seed: int) -> list[HarmfulPair]:
+    world = sandbox("world")
+    known = list(world.SEEN_CATEGORIES)
+    _check_categories(wanted, known, "the sandbox")
+    if data.responses is not None:
+        raise SpkitError(
+            f"data.responses is {data.responses!r}, must be null where data.harmful is 'sandbox': "
+            f"its pairs have responses"
+        )
+    return world.harmful_pairs(tuple(wanted or known), count, seed)
+
+
+def _source_pairs(data: DataConfig, wanted: Sequence[str] | None) -> list[HarmfulPair]:
+    """All pairs of D_h's source in the wanted categories."""
+    records = read(resolve(data, data.harmful, "data.harmful"), "D_h")
+    known = {category for record in records for category in record.categories}
+    _check_categories(wanted, sorted(known), data.harmful)
+    before = f"{data.harmful}-" if data.harmful in data.sources else ""
+    pairs = []
+    for record in records:
+        category = next((c for c in record.categories if wanted is None or c in wanted), None)
+        if category is not None:
+            pair = HarmfulPair(before + record.id, record.prompt, record.response, category)
+            pairs.append(pair)
+    if data.responses is None:
+        return pairs
+    found = own.responses(resolve(data, data.responses, "data.responses"))
+    for pair in pairs:
+        if normalised(pair.prompt) not in found:
+            raise SpkitError(
+                f"{data.responses} (data.responses): no response for the prompt of {pair.id!r} in "
+                f"{data.harmful}, each pair of D_h needs one"
+            )
+    return [replace(pair, response=found[normalised(pair.prompt)]) for pair in pairs]
+
+
+def _evaluation_names(data: DataConfig) -> list[str]:
+    names = [data.evaluation] if isinstance(data.evaluation, str) else list(data.evaluation)
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise SpkitError(f"data.evaluation: {twice!r} stands twice, names must differ")
+    return names
+
+
+def _source_prompts(data: DataConfig, names: Sequence[str], split: str) -> list[EvalPrompt]:
+    """The prompts of one split of all names but 'sandbox', without those of D_h and second ones."""
+    if data.harmful == "sandbox":
+        pairs = _sandbox_pairs(data, data.categories, None, 0)
+    else:
+        pairs = _source_pairs(data, data.categories)
+    learnt = {normalised(pair.prompt) for pair in pairs}
+    seen_categories = {pair.category for pair in pairs}
+    kept, met, in_learnt, twice = [], set(), 0, 0
+    for name in names:
+        if name == "sandbox":
+            continue
+        records = read(resolve(data, name, "data.evaluation"), "evaluation")
+        held_out = [r for r in records if normalised(r.prompt) not in learnt]
+        if not held_out:
+            raise SpkitError(
+                f"data.evaluation: every prompt of {name!r} is in D_h ({data.harmful}), so none is "
+                f"held out; name another source, or fewer data.categories"
+            )
+        in_learnt += len(records) - len(held_out)
+        for record in held_out:
+            text = normalised(record.prompt)
+            twice += text in met
+            if text not in met:
+                met.add(text)
+                kept.append(_placed(record, name, data, seen_categories, alone=len(names) == 1))
+    print(
+        f"Evaluation prompts: {len(kept)}, after {in_learnt} that are in D_h and {twice} that "
+        f"stand twice were left out."
+    )
+    return [prompt for place, prompt in kept if place == split]
+
+
+def _placed(
+    record: Record, name: str, data: DataConfig, seen: set[str], *, alone: bool
+) -> tuple[str, EvalPrompt]:
+    """(split, prompt): what the record leaves open, decided.
+
+    In a named source the split is a hash of the text, and a harmful prompt's group "seen" where one
+    of its categories is D_h's. A file without a name says "test" and "seen" by saying nothing.
+    """
+    groups, named = GROUPS[record.objective], name in data.sources
+    category = next((c for c in record.categories if c in seen), record.categories[0])
+    group, split = groups[0], "test"
+    if named:
+        group = groups[-1] if category not in seen else groups[0]
+        split = split_of(record.prompt, data.dev_share)
+    before = f"{name}-" if named else "" if alone else f"{Path(name).stem}-"
+    return record.split or split, EvalPrompt(
+        id=before + record.id,
+        prompt=record.prompt,
+        objective=record.objective,
+        group=record.group or group,
+        category=category,
+        phrasing=record.phrasing,
+        reference=record.reference,
+        forbidden=record.forbidden,
+    )
 
 
 # ---- the sandbox's backbone and judge ------------------------------------------------------------
@@ -125,125 +271,43 @@ def _shipped_recipe() -> dict[str, Any] | None:
 
 
 def judge_for(config: Config) -> Callable[[EvalPrompt, str], str]:
-    """What decides the verdict on a response. So far the sandbox's, which knows its own words only.
+    """The sandbox's judge, one response at a time; it knows the village's words only.
 
-    SpkitError where neither the prompts nor the backbone are the sandbox's.
+    The judges that `config.judges` names are in the package judges. SpkitError where neither the
+    prompts nor the backbone are the sandbox's.
     """
-    if "sandbox" not in (config.data.evaluation, config.backbone.source):
+    if config.backbone.source != "sandbox" and _evaluation_names(config.data) != ["sandbox"]:
         raise SpkitError(
             f"data.evaluation is {config.data.evaluation!r} and backbone.source is "
-            f"{config.backbone.source!r}: the only judge so far is the sandbox's, so one of the "
-            f"two must be 'sandbox'"
+            f"{config.backbone.source!r}: for the judge 'sandbox' one of the two must be "
+            f"'sandbox'; name other judges in judges.harmful and judges.over_safety"
         )
     return sandbox("judge").judge
 
 
-# ---- JSONL ---------------------------------------------------------------------------------------
+# ---- single files of one's own -------------------------------------------------------------------
 
 
 def read_harmful_pairs(path: str | Path) -> list[HarmfulPair]:
-    """All pairs of a JSONL file, in its order; a row without an id gets its number as one."""
-    pairs = []
-    for where, number, row in _rows(path, required=("prompt", "response", "category")):
-        pairs.append(
-            HarmfulPair(
-                id=_text(row, "id", where, default=str(number)),
-                prompt=_text(row, "prompt", where),
-                response=_text(row, "response", where),
-                category=_text(row, "category", where),
-            )
-        )
-    return _unique(path, pairs)
+    """All pairs of a file of one's own, in its order; a row without an id gets its number as one.
+
+    SpkitError for a bad file or row (readers/own.py).
+    """
+    records = own.pairs(SourceConfig(reader="own", path=str(path)))
+    return [HarmfulPair(r.id, r.prompt, r.response, r.categories[0]) for r in records]
 
 
 def read_eval_prompts(path: str | Path, split: str) -> list[EvalPrompt]:
-    """The prompts of one split of a JSONL file; a row that names no split belongs to "test"."""
-    prompts, required = [], ("prompt", "objective", "category")
-    optional = ("id", "group", "phrasing", "reference", "forbidden", "split")
-    for where, number, row in _rows(path, required, optional):
-        objective = _choice(row, "objective", tuple(GROUPS), where)
-        groups = GROUPS[objective]
-        forbidden = row.get("forbidden", [])
-        if not isinstance(forbidden, list) or not all(isinstance(x, str) for x in forbidden):
-            raise SpkitError(f"{where}: forbidden is {forbidden!r}, allowed: a list of texts")
-        prompt = EvalPrompt(
-            id=_text(row, "id", where, default=str(number)),
-            prompt=_text(row, "prompt", where),
-            objective=objective,
-            group=_choice(row, "group", groups, where, default=groups[0]),
-            category=_text(row, "category", where),
-            phrasing=_text(row, "phrasing", where, default="plain"),
-            reference=_text(row, "reference", where, default="", empty=True),
-            forbidden=tuple(forbidden),
-        )
-        if _choice(row, "split", ("dev", "test"), where, default="test") == split:
-            prompts.append(prompt)
+    """The prompts of one split of a file of one's own; a row that names none belongs to "test".
+
+    SpkitError for a bad file or row (readers/own.py), and where the split is empty.
+    """
+    records = own.prompts(SourceConfig(reader="own", path=str(path)))
+    placed = [_placed(r, str(path), DataConfig(), set(), alone=True) for r in records]
+    prompts = [prompt for place, prompt in placed if place == split]
     if not prompts:
         raise SpkitError(f"{path}: no prompt of the split {split!r} (evaluation.split)")
-    return _unique(path, prompts)
-
-
-def _rows(
-    path: str | Path, required: Sequence[str], optional: Sequence[str] = ("id",)
-) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """("file, row 3", 3, the object) for each line that is not blank."""
-    try:
-        lines = Path(path).read_bytes().splitlines()
-    except OSError as error:
-        raise SpkitError(f"{path}: cannot be read ({error.strerror})") from None
-    empty = True
-    for number, line in enumerate(lines, start=1):
-        where = f"{path}, row {number}"
-        try:
-            text = line.decode("utf-8-sig").strip()
-            row = json.loads(text) if text else None
-        except UnicodeDecodeError:
-            raise SpkitError(f"{where}: not UTF-8 text") from None
-        except json.JSONDecodeError as error:
-            raise SpkitError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
-        if not text:
-            continue
-        if not isinstance(row, dict):
-            raise SpkitError(f"{where}: found {text[:40]!r}, must be an object with {required}")
-        missing = [key for key in required if key not in row]
-        if missing:
-            found = ", ".join(row) or "nothing"
-            raise SpkitError(f"{where}: the key {missing[0]!r} is missing (found: {found})")
-        for key in row:  # a key of one's own is welcome, a mistyped one of ours is not
-            near = difflib.get_close_matches(key, optional, n=1, cutoff=0.8)
-            if near and key not in (*required, *optional):
-                raise SpkitError(f"{where}: unknown key {key!r}, did you mean {near[0]}?")
-        empty = False
-        yield where, number, row
-    if empty:
-        raise SpkitError(f"{path}: holds no rows, at least one is needed")
-
-
-def _text(
-    row: dict[str, Any], key: str, where: str, default: str | None = None, empty: bool = False
-) -> str:
-    value = row.get(key, default)
-    if not isinstance(value, str) or not (value.strip() or empty):
-        raise SpkitError(f"{where}: {key} is {value!r}, allowed: a text that is not empty")
-    return value
-
-
-def _choice(
-    row: dict[str, Any], key: str, allowed: Sequence[str], where: str, default: str | None = None
-) -> str:
-    value = row.get(key, default)
-    if value not in allowed:
-        raise SpkitError(f"{where}: {key} is {value!r}, allowed: {', '.join(allowed)}")
-    return value
-
-
-def _unique(path: str | Path, examples: list) -> list:
-    seen = set()
-    for example in examples:
-        if example.id in seen:
-            raise SpkitError(f"{path}: the id {example.id!r} stands twice, ids must differ")
-        seen.add(example.id)
-    return examples
+    return prompts
 
 
 # ---- choosing ------------------------------------------------------------------------------------
@@ -267,3 +331,12 @@ def sample(examples: list, count: int | None, seed: int) -> list:
 
     chosen = {example.id for example in sorted(examples, key=rank)[:count]}
     return [example for example in examples if example.id in chosen]
+
+
+def _unique_ids(prompts: list[EvalPrompt]) -> list[EvalPrompt]:
+    met = set()
+    for prompt in prompts:
+        if prompt.id in met:
+            raise SpkitError(f"evaluation prompts: the id {prompt.id!r} stands twice, must differ")
+        met.add(prompt.id)
+    return prompts

@@ -12,31 +12,35 @@ What is not here: which weights of a patch are kept (importance.py, patching.py)
 evaluation.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import chain, count, islice
 from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import get_constant_schedule_with_warmup
 
+from spkit import resume
 from spkit.backbone import target_weights
 from spkit.chat import answer_loss, collate, encode_pair, length_bucketed_batches, mean_per_sample
 from spkit.data import fingerprint
 from spkit.errors import SpkitError
 from spkit.examples import HarmfulPair
 from spkit.files import atomic
+from spkit.out_of_memory import explained
 
 PATCH_FORMAT = 1
 NAMES = {"ascent": "se", "descent": "osm"}
+OVERFLOWS_IN_A_ROW = 20  # each halves the scale of the loss, from 65536 to less than 1
 _ADVICE = "lower its learning_rate or max_grad_norm, or check the backbone's dtype."
 
 
@@ -95,11 +99,11 @@ class Patch:
             raise SpkitError(f"{path} is an incomplete patch: it lacks {error}.") from error
 
 
-def add_lora(model, lora, seed: int):
+def add_lora(model, lora, seed: int, name: str = "default"):
     """The backbone wrapped by PEFT with fresh LoRA factors: B = 0, A drawn from `seed`.
 
     `lora` has r, alpha, dropout and targets (the last names of linear layers, checked by
-    target_weights).
+    target_weights). name: the adapter's; a backbone that is wrapped already gets one more.
     """
     target_weights(model, lora.targets)
     torch.manual_seed(seed)
@@ -110,7 +114,10 @@ def add_lora(model, lora, seed: int):
         target_modules=list(lora.targets),
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    if isinstance(model, PeftModel):
+        model.add_adapter(name, config)
+        return model
+    return get_peft_model(model, config, adapter_name=name)
 
 
 def ascent_loss(losses: torch.Tensor, mask: torch.Tensor, clamp: float) -> torch.Tensor:
@@ -128,14 +135,25 @@ def descent_loss(losses: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return mean_per_sample(losses, mask).mean()
 
 
-def derive(model, tokenizer, pairs: list[HarmfulPair], *, direction: str, config, seed: int):
+def derive(
+    model,
+    tokenizer,
+    pairs: list[HarmfulPair],
+    *,
+    direction: str,
+    config,
+    seed: int,
+    max_tokens: int | None = None,
+    checkpoint: str | Path | None = None,
+    saved: Callable[[], object] | None = None,
+):
     """One patch and its loss curve.
 
     model: a bare backbone, dense or NF4; it is wrapped while we train and given back bare.
-    direction: "ascent" or "descent". config: the `derivation` parameters. Returns (Patch, DataFrame
-    with the columns patch, step, loss [nats, unclamped mean over the answer tokens], grad_norm,
-    stop). Raises SpkitError for an empty D_h, and for a loss or gradient that is no number, naming
-    the step.
+    direction: "ascent" or "descent". config: the `derivation` parameters. max_tokens: `data`'s.
+    checkpoint, saved: as in train_lora. Returns (Patch, DataFrame with the columns patch, step,
+    loss [nats, unclamped mean over the answer tokens], grad_norm, stop). Raises SpkitError for an
+    empty D_h, and for a loss or gradient that is no number, naming the step.
     """
     if direction not in NAMES:
         raise SpkitError(f"direction is {direction!r}; allowed are {', '.join(NAMES)}.")
@@ -163,6 +181,9 @@ def derive(model, tokenizer, pairs: list[HarmfulPair], *, direction: str, config
         seed=seed,
         # of several batches: one alone is too noisy to stop by
         stop=ceiling_reached if direction == "ascent" else None,
+        max_tokens=max_tokens,
+        checkpoint=checkpoint,
+        saved=saved,
     )
 
 
@@ -178,64 +199,32 @@ def train_lora(
     config,
     seed: int,
     stop: Callable[[list[float]], bool] | None = None,
+    max_tokens: int | None = None,
+    checkpoint: str | Path | None = None,
+    saved: Callable[[], object] | None = None,
 ):
     """The loop of `derive` for any objective: (Patch, loss curve), the model given back bare.
 
-    objective(losses, mask, indices): the scalar to minimise; losses fp32 and mask bool [B, T] as
+    objective(losses, mask, indices): the scalar to minimise, a *mean* over the B samples, so that
+    `micro_batch_size` of them at once give the same gradient; losses fp32 and mask bool [B, T] as
     answer_loss gives them, indices: which of `pairs` the B rows are. stop(means): called before
     each step with the mean loss of every batch so far; True ends the training.
     name: the patch's. direction: its manifest's, and what progress and errors call it. settings:
     learning_rate, max_steps, batch_size, warmup_steps, max_grad_norm. config: the `derivation`
-    parameters, of which lora and quantization count here. Errors as in `derive`.
+    parameters, of which those outside of ascent and descent count here.
+    checkpoint: a folder; every `config.checkpoint_steps` steps, and at the end, the whole state is
+    written there, and a training with the same settings goes on from it, to the same bits on the
+    same device. saved: called after each write.
+    In fp16 the loss is scaled against underflow; a step whose gradient overflows is left out, and
+    too many in a row are an error. Other errors as in `derive`.
     """
     if not pairs:
         raise SpkitError("D_h is empty; deriving a patch needs at least one harmful pair.")
-    encoded = [encode_pair(tokenizer, p.prompt, p.response) for p in pairs]
+    encoded = [encode_pair(tokenizer, p.prompt, p.response, max_tokens=max_tokens) for p in pairs]
     device = model.get_input_embeddings().weight.device
     was_training = model.training
-    wrapped = add_lora(model, config.lora, seed)
-    wrapped.train()
-    weights = [p for p in wrapped.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=0.0)
-    schedule = get_constant_schedule_with_warmup(optimizer, settings.warmup_steps)
-    rows, reason = [], "step limit"
-    try:
-        with tqdm(total=settings.max_steps, desc=direction, unit="step") as progress:
-            for step, indices in enumerate(_endless(encoded, settings.batch_size, seed)):
-                batch = collate([encoded[i] for i in indices], tokenizer.pad_token_id)
-                batch = {key: value.to(device) for key, value in batch.items()}
-                labels = batch.pop("labels")
-                losses, mask = answer_loss(wrapped(**batch).logits, labels)
-                mean = mean_per_sample(losses, mask).mean().item()
-                if not math.isfinite(mean):
-                    raise SpkitError(f"The {direction} loss is {mean} at step {step}; {_ADVICE}")
-                row = {"patch": name, "step": step, "loss": mean, "grad_norm": 0.0, "stop": ""}
-                rows.append(row)
-                if stop is not None and stop([row["loss"] for row in rows]):
-                    reason = "mean loss reached"  # measured before the step: the last step is kept
-                    break
-                if step == settings.max_steps:
-                    break
-                loss = objective(losses, mask, indices)
-                optimizer.zero_grad()
-                loss.backward()
-                norm = torch.nn.utils.clip_grad_norm_(weights, settings.max_grad_norm).item()
-                if not math.isfinite(norm):
-                    what = f"The {direction} gradient is {norm} at step {step}"
-                    raise SpkitError(f"{what}; {_ADVICE}")
-                row["grad_norm"] = norm
-                optimizer.step()
-                schedule.step()
-                progress.update()
-                progress.set_postfix(loss=f"{mean:.3f}", refresh=False)
-        rows[-1]["stop"] = reason
-        factors = _factors(wrapped, config.lora.targets)
-    finally:
-        wrapped.unload().train(was_training)
     manifest = {
         "direction": direction,
-        "steps": rows[-1]["step"],
-        "stop": reason,
         "seed": seed,
         "pairs": len(pairs),
         "data_fingerprint": fingerprint(pairs),
@@ -243,25 +232,185 @@ def train_lora(
         "lora": config.lora.model_dump(),
         "settings": settings.model_dump(),
     }
-    patch = Patch(name, factors, config.lora.alpha / config.lora.r, manifest)
-    return patch, pd.DataFrame(rows)
+    identity = {
+        **manifest,
+        "name": name,
+        # the tokenizer, its chat template and system prompt, and max_tokens
+        "tokens": hashlib.sha256(json.dumps(encoded).encode()).hexdigest(),
+        "dtype": str(model.dtype),
+        **config.model_dump(exclude={"lora", "ascent", "descent", "checkpoint_steps"}),
+    }
+    found = resume.load(checkpoint, identity) if checkpoint is not None else None
+    wrapped = add_lora(model, config.lora, seed)
+    try:
+        wrapped.train()
+        if config.gradient_checkpointing:
+            wrapped.gradient_checkpointing_enable({"use_reentrant": False})
+        weights = [p for p in wrapped.parameters() if p.requires_grad]
+        optimizer = OPTIMIZERS[config.optimizer](weights, settings.learning_rate)
+        schedule = get_constant_schedule_with_warmup(optimizer, settings.warmup_steps)
+        scaler = torch.amp.GradScaler(device.type, enabled=model.dtype == torch.float16)
+        loop = _Loop(weights, optimizer, schedule, scaler)
+        loop.restore(found)
+        size = config.micro_batch_size or settings.batch_size
+        lower = {
+            "derivation.micro_batch_size": size,
+            "data.max_tokens": max_tokens,
+            "derivation.gradient_checkpointing": config.gradient_checkpointing,
+        }
+        bar = {"total": settings.max_steps, "initial": loop.step, "desc": direction, "unit": "step"}
+        with explained(f"the {direction}", lower), tqdm(**bar) as progress:
+            batches = _endless(encoded, settings.batch_size, seed, loop.step)
+            for indices in () if loop.reason else batches:
+                optimizer.zero_grad()
+                means = []
+                for start in range(0, len(indices), size):
+                    chosen = indices[start : start + size]
+                    batch = collate([encoded[i] for i in chosen], tokenizer.pad_token_id)
+                    batch = {key: value.to(device) for key, value in batch.items()}
+                    labels = batch.pop("labels")
+                    losses, mask = answer_loss(wrapped(**batch, use_cache=False).logits, labels)
+                    means.append(mean_per_sample(losses, mask).detach())
+                    if not bool(torch.isfinite(means[-1]).all()):
+                        what = f"The {direction} loss is {means[-1].mean().item()}"
+                        raise SpkitError(f"{what} at step {loop.step}; {_ADVICE}")
+                    share = len(chosen) / len(indices)
+                    loss = objective(losses, mask, chosen) * share
+                    scaler.scale(loss).backward()
+                mean = torch.cat(means).mean().item()
+                row = {"patch": name, "step": loop.step, "loss": mean, "grad_norm": 0.0, "stop": ""}
+                loop.rows.append(row)
+                if stop is not None and stop([row["loss"] for row in loop.rows]):
+                    loop.reason = "mean loss reached"  # measured before the step: the last is kept
+                elif loop.step == settings.max_steps:
+                    loop.reason = "step limit"
+                if loop.reason:
+                    row["stop"] = loop.reason
+                else:
+                    row["grad_norm"] = loop.update(settings.max_grad_norm, direction)
+                    progress.update()
+                    progress.set_postfix(loss=f"{mean:.3f}", refresh=False)
+                every = config.checkpoint_steps
+                if checkpoint is not None and every and (loop.reason or loop.step % every == 0):
+                    resume.save(checkpoint, identity, loop.state())
+                    if saved is not None:
+                        saved()
+                if loop.reason:
+                    break
+        factors = _factors(wrapped, config.lora.targets)
+    finally:
+        if config.gradient_checkpointing:
+            wrapped.gradient_checkpointing_disable()
+        wrapped.unload().train(was_training)
+    steps = {"steps": loop.rows[-1]["step"], "stop": loop.reason}
+    if scaler.is_enabled():
+        steps["overflows"] = loop.overflows
+    patch = Patch(name, factors, config.lora.alpha / config.lora.r, {**manifest, **steps})
+    return patch, pd.DataFrame(loop.rows)
 
 
-def attach(model, patch: Patch):
-    """The backbone as theta + P: wrapped by PEFT with the patch's factors, in eval mode.
+def _adamw(weights, rate: float):
+    return torch.optim.AdamW(weights, lr=rate, weight_decay=0.0)
 
-    For importance on theta_GA and theta_GD without a second copy of the weights. `.unload()` on the
-    result gives the bare backbone back. SpkitError where the patch was made for another
+
+def _adamw_8bit(weights, rate: float):
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(weights, lr=rate, weight_decay=0.0)
+
+
+def _paged_adamw_8bit(weights, rate: float):
+    from bitsandbytes.optim import PagedAdamW8bit
+
+    return PagedAdamW8bit(weights, lr=rate, weight_decay=0.0)
+
+
+OPTIMIZERS = {
+    "adamw": _adamw,
+    "adamw_8bit": _adamw_8bit,
+    "paged_adamw_8bit": _paged_adamw_8bit,
+}
+
+
+class _Loop:
+    """What changes from step to step, and how it is written to and read from a checkpoint."""
+
+    def __init__(self, weights, optimizer, schedule, scaler):
+        self.weights, self.optimizer = weights, optimizer
+        self.schedule, self.scaler = schedule, scaler
+        self.step, self.overflows, self.in_a_row = 0, 0, 0
+        self.rows: list[dict] = []
+        self.reason = ""
+
+    def update(self, max_grad_norm: float, direction: str) -> float:
+        """One optimiser step; the gradient's norm before it was clipped."""
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.weights, max_grad_norm).item()
+        if math.isfinite(norm):
+            self.in_a_row = 0
+        elif self.scaler.is_enabled() and self.in_a_row < OVERFLOWS_IN_A_ROW:
+            self.overflows, self.in_a_row = self.overflows + 1, self.in_a_row + 1
+        else:
+            what = f"The {direction} gradient is {norm} at step {self.step}"
+            raise SpkitError(f"{what}; {_ADVICE}")
+        self.scaler.step(self.optimizer)  # leaves the step out where the gradient overflowed
+        self.scaler.update()
+        self.schedule.step()
+        self.step += 1
+        return norm
+
+    def state(self) -> dict:
+        moments = self.optimizer.state_dict()["state"]
+        return {
+            "weights": {str(i): weight for i, weight in enumerate(self.weights)},
+            "moments": {str(i): dict(values) for i, values in moments.items()},
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": resume.random_states(),
+            "rows": self.rows,
+            "counts": [self.step, self.overflows, self.in_a_row],
+            "reason": self.reason,
+        }
+
+    def restore(self, state: dict | None) -> None:
+        if state is None:
+            return
+        with torch.no_grad():
+            for i, weight in enumerate(self.weights):
+                weight.copy_(state["weights"][str(i)])
+        self.schedule.load_state_dict(state["schedule"])
+        groups = self.optimizer.state_dict()["param_groups"]
+        for group, rate in zip(groups, state["schedule"]["_last_lr"], strict=True):
+            group["lr"] = rate
+        moments = {int(i): values for i, values in state["moments"].items()}
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self.scaler.load_state_dict(state["scaler"])
+        resume.set_random_states(state["random"])
+        self.rows, self.reason = state["rows"], state["reason"]
+        self.step, self.overflows, self.in_a_row = state["counts"]
+
+
+def attach(model, *patches: Patch):
+    """The backbone as theta + P: wrapped by PEFT with the factors of `patches`, in eval mode.
+
+    For importance on theta_GA and theta_GD without a second copy of the weights. Each patch is an
+    adapter of its own name; the first is active, `.set_adapter(name)` makes another so, and
+    `.unload()` gives the bare backbone back. SpkitError where a patch was made for another
     architecture.
     """
-    lora = SimpleNamespace(**{**patch.manifest["lora"], "dropout": 0.0})
-    _check_fit(model, patch, lora)  # before wrapping, so that the backbone stays bare if it fails
-    wrapped = add_lora(model, lora, seed=0)
-    with torch.no_grad():
-        for tensor, module in target_weights(wrapped, lora.targets).items():
-            a, b = patch.factors[tensor]
-            module.lora_A["default"].weight.copy_(a)
-            module.lora_B["default"].weight.copy_(b)
+    for patch in patches:
+        lora = SimpleNamespace(**{**patch.manifest["lora"], "dropout": 0.0})
+        _check_fit(model, patch, lora)  # before wrapping, so that the backbone stays bare
+    wrapped = model
+    for patch in patches:
+        lora = SimpleNamespace(**{**patch.manifest["lora"], "dropout": 0.0})
+        wrapped = add_lora(wrapped, lora, seed=0, name=patch.name)
+        with torch.no_grad():
+            for tensor, module in target_weights(wrapped, lora.targets).items():
+                a, b = patch.factors[tensor]
+                module.lora_A[patch.name].weight.copy_(a)
+                module.lora_B[patch.name].weight.copy_(b)
+    wrapped.set_adapter(patches[0].name)
     return wrapped.eval()
 
 
@@ -291,8 +440,8 @@ def _factors(wrapped, targets) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     }
 
 
-def _endless(encoded, batch_size: int, seed: int):
+def _endless(encoded, batch_size: int, seed: int, skip: int = 0):
     """Batches of similar length, epoch after epoch, each epoch in a new order."""
     lengths = [len(ids) for ids, _ in encoded]
-    for epoch in count():
-        yield from length_bucketed_batches(lengths, batch_size, (seed, epoch))
+    epochs = (length_bucketed_batches(lengths, batch_size, (seed, epoch)) for epoch in count())
+    yield from islice(chain.from_iterable(epochs), skip, None)

@@ -1,10 +1,16 @@
 """The two records that travel through the kit: a harmful pair and an evaluation prompt.
 
-Both are plain and frozen. How they are read from files lies in `data.py`, how an answer to one is
-judged in the judge of its source.
+Both are plain and frozen. How they are read from files lies in `readers` and `data.py`, how an
+answer to one is judged in the judge of its source.
 """
 
 from dataclasses import dataclass
+
+GROUPS = {
+    "harmful": ("seen", "unseen"),
+    "over_safety": ("harmless",),
+    "utility": ("utility",),
+}  # objective -> the groups it is split into; a row without a group belongs to the first
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,8 @@ class EvalPrompt:
     objective: "harmful", "over_safety" or "utility": which of the three objectives it measures.
     group: the row of the tables it counts in: "seen" or "unseen" harmful categories, "harmless"
         (over-safety) or "utility".
-    phrasing: "plain", "known wrapper" or "new wrapper", or the utility skill's phrasing.
+    phrasing: "plain", "known wrapper" or "new wrapper", "wrapper: <name>" for one of data.wrappers,
+        or the utility skill's phrasing.
     reference: the correct answer ("" where refusing is the right answer).
     forbidden: the tokens that a harmful answer must all contain (empty for harmless prompts).
     """

@@ -63,6 +63,20 @@ def hardware() -> dict[str, Any]:
     }
 
 
+def free_memory(device) -> int:
+    """Bytes that can still be taken on "cpu" or a CUDA device."""
+    torch = sys.modules.get("torch")
+    if torch and torch.device(device).type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + held
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        line = next(x for x in meminfo.read_text().splitlines() if x.startswith("MemAvailable:"))
+        return int(line.split()[1]) * 2**10
+    return 4 * 2**30  # not Linux, and nothing to ask: a small machine's
+
+
 def peak_memory_mib() -> dict[str, float]:
     """The most memory that this process has held so far, on the host and on the GPU."""
     peak = {}

@@ -21,7 +21,7 @@ from typing import Any
 from spkit.config import Config
 from spkit.errors import SpkitError
 from spkit.runs import Run
-from spkit.validation import nearest
+from spkit.validation import nearest, refuse_tokens
 
 KEYS = [*Config.model_fields, "overrides"]
 LITERALS = (bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset, type(None))
@@ -90,6 +90,7 @@ def _check_names(namespace: Mapping[str, Any]) -> None:
             for name in unknown
             if isinstance(namespace[name], dict) and get_close_matches(name, KEYS, 1, cutoff=0.8)
         ]
+    refuse_tokens({name: namespace[name] for name in unknown})
     if unknown:
         name = unknown[0]
         raise SpkitError(

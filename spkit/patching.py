@@ -175,6 +175,11 @@ def top_rate_sets(
     }
 
 
+def kept_set(retained: Tensor, own: Tensor, other: Tensor) -> Tensor:
+    """retained and (own \\ other), bool: where one patch keeps its delta in one matrix [paper]."""
+    return retained & difference_set(own, other)
+
+
 def kept_sets(
     scores_se: Mapping[str, Tensor],
     scores_osm: Mapping[str, Tensor],
@@ -200,8 +205,8 @@ def kept_sets(
     """
     top_se = top_rate_sets(scores_se, rate_se, retained_se, order=order, scope=scope)
     top_osm = top_rate_sets(scores_osm, rate_osm, retained_osm, order=order, scope=scope)
-    keep_se = {n: retained_se[n] & difference_set(s, top_osm[n]) for n, s in top_se.items()}
-    keep_osm = {n: retained_osm[n] & difference_set(s, top_se[n]) for n, s in top_osm.items()}
+    keep_se = {n: kept_set(retained_se[n], s, top_osm[n]) for n, s in top_se.items()}
+    keep_osm = {n: kept_set(retained_osm[n], s, top_se[n]) for n, s in top_osm.items()}
     return keep_se, keep_osm
 
 

@@ -19,12 +19,16 @@ from matplotlib.patches import Patch as Swatch
 from matplotlib.ticker import MaxNLocator
 
 DARK, MIDDLE, LIGHT, PALE = "#20304a", "#5b7a99", "#a9bccb", "#e4eaef"
-# verdict -> (shade, hatch): harm is darkest, whatever is broken is hatched
+# verdict -> (shade, hatch): harm is darkest, whatever is broken or in between is hatched
 VERDICT_STYLE = {
     "harmful": (DARK, ""),
     "broken": (PALE, "////"),
+    "unclear": (PALE, "...."),
+    "wrong": (PALE, "xxxx"),
     "refusal": (MIDDLE, ""),
+    "partial refusal": (LIGHT, "\\\\\\\\"),
     "correct": (LIGHT, ""),
+    "safe": (PALE, ""),
 }
 MARKERS = "osD^vP*X"
 HEAT = sns.light_palette(DARK, as_cmap=True)
@@ -191,8 +195,10 @@ def _rate_bars(ax, rows: np.ndarray, rate: pd.DataFrame, broken: pd.Series) -> N
 def verdicts(responses: pd.DataFrame) -> Figure:
     """What the answers are made of: one stacked bar a model, one panel a group of prompts.
 
-    responses: one row per answer with model, group and verdict.
+    responses: one row per answer with model, group and verdict. Only verdicts that occur are shown.
     """
+    found = set(responses["verdict"])
+    styles = {verdict: style for verdict, style in VERDICT_STYLE.items() if verdict in found}
     models = list(dict.fromkeys(responses["model"]))
     panels = {"seen": "harmful, seen", "unseen": "harmful, unseen", "harmless": "harmless"}
     panels["utility"] = "utility"
@@ -201,9 +207,9 @@ def verdicts(responses: pd.DataFrame) -> Figure:
     for ax, (group, title) in zip(axes, panels.items(), strict=True):
         part = responses[responses["group"] == group]
         shares = 100 * pd.crosstab(part["model"], part["verdict"], normalize="index")
-        shares = shares.reindex(models).reindex(columns=list(VERDICT_STYLE), fill_value=0).fillna(0)
+        shares = shares.reindex(models).reindex(columns=list(styles), fill_value=0).fillna(0)
         left = np.zeros(len(models))
-        for verdict, (colour, hatch) in VERDICT_STYLE.items():
+        for verdict, (colour, hatch) in styles.items():
             width = shares[verdict].to_numpy()
             ax.barh(
                 rows, width, left=left, height=0.72, color=colour, hatch=hatch, edgecolor=DARK,
@@ -224,7 +230,7 @@ def verdicts(responses: pd.DataFrame) -> Figure:
     axes[0].set_yticks(rows, models)
     swatches = [
         Swatch(facecolor=colour, hatch=hatch, edgecolor=DARK, label=verdict)
-        for verdict, (colour, hatch) in VERDICT_STYLE.items()
+        for verdict, (colour, hatch) in styles.items()
     ]
     _legend_below(figure, swatches)
     return figure

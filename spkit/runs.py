@@ -18,13 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spkit import mirror
 from spkit.config import Config
 from spkit.errors import SpkitError
 from spkit.files import atomic, make_folder, save_csv, source_files
 from spkit.machine import git_state, hardware, peak_memory_mib, versions
+from spkit.readers.source import local_files, resolve
+from spkit.readers.wrappers import wrappers_file
 
 PACKAGE = Path(__file__).parent
 NOTEBOOKS = Path("notebooks")
+UNCOUNTED = {"parameters", "colab"}  # tags of code cells that decide no result
 WHOLE_FILE_BYTES = 64 * 2**20  # larger input files (weights) are known by name and size alone
 
 
@@ -50,10 +54,13 @@ _CODE = (
     *("backbone.py", "chat.py", "data.py", "examples.py", "plots.py"),
     *("readers/*.py", "sandbox/**/*"),
 )
-_JUDGE = ("evaluation.py", "judges/*.py", "utility.py")
-_DERIVE = (*_CODE, "derivation.py")
-_SCORE = (*_DERIVE, "importance.py", "scoring.py")
-_PATCH = (*_SCORE, "patching.py", "ablations.py", "balancing.py", *_JUDGE)
+_JUDGE = ("evaluation.py", "judges/*.py", "utility/*.py")
+_DERIVE = (*_CODE, "derivation.py", "resume.py")
+_SCORE = (
+    *(*_DERIVE, "importance.py", "scoring.py", "importance_summary.py"),
+    *("lazy.py", "deltas.py", "patching.py", "ablations.py"),
+)
+_PATCH = (*_SCORE, "balancing.py", "checkpoint.py", *_JUDGE)
 STAGES = {
     "00_backbone": Stage((*_MODEL, *_EVALUATION), (), (*_CODE, *_JUDGE), True),
     "01_patch_derivation": Stage((*_MODEL, "derivation"), ("00_backbone",), _DERIVE),
@@ -115,33 +122,46 @@ def identity(config: Config, stage: str) -> dict[str, Any]:
     """All that decides a stage's results: parameters, seed, contents of input files, code."""
     sections = STAGES[stage].sections
     dumped = config.model_dump(mode="json")
+    params = {section: dumped[section] for section in sections}
+    if config.importance.save == "sets" and "importance" in params:
+        # sets are final, so notebook 02 depends on the rates that scores would leave open
+        rates = {key: dumped["patching"][key] for key in ("top_rate_se", "top_rate_osm")}
+        params.setdefault("patching", rates)
     return {
         "stage": stage,
         "seed": config.seed,
-        "params": {section: dumped[section] for section in sections},
+        "params": params,
         "files": dict(_input_files(config, sections)),
         "code": dict(_code(stage)),
     }
 
 
 def _input_files(config: Config, sections: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """(parameter, digest) of the user's own files; a missing one is an error already here.
+    """(parameter, digest) of the user's own files, also of those behind names in data.sources.
 
-    Only of the experiment's tables it is not: all other stages can do without them.
+    A missing one is an error already here. Only of the experiment's tables it is not: all other
+    stages can do without them.
     """
     if "comparison" in sections:
         tables = sorted(Path(config.comparison.tables).glob("*.csv"))
         yield "comparison.tables", _digest(tables)
     if "backbone" not in sections:
         return
-    named = {"data.harmful": config.data.harmful}
+    data = config.data
+    named = {"data.harmful": data.harmful, "data.responses": data.responses or []}
     if "evaluation" in sections:
-        named["data.evaluation"] = config.data.evaluation
-    for key, source in named.items():
-        if source != "sandbox":
-            if not Path(source).is_file():
-                raise SpkitError(f"{key} is {source!r}: no such file; allowed: 'sandbox' or a file")
-            yield key, _digest([Path(source)])
+        named["data.evaluation"] = data.evaluation
+        if data.wrappers != "none":  # the shipped file, too: it is no code
+            yield "data.wrappers", _digest([wrappers_file(data.wrappers)])
+    if "utility" in sections:
+        named["utility.perplexity"] = config.utility.perplexity
+    for key, names in named.items():
+        names = [names] if isinstance(names, str) else names
+        sources = [resolve(data, name, key) for name in names if name != "sandbox"]
+        # a hub id is named by its path and revision, which are parameters
+        files = [file for source in sources for file in local_files(source)]
+        if files:
+            yield key, _digest(files)
     folder = Path(config.backbone.source)
     if config.backbone.source != "sandbox" and folder.is_dir():
         yield "backbone.source", _digest(sorted(p for p in folder.rglob("*") if p.is_file()))
@@ -157,7 +177,7 @@ def _code(stage: str) -> Iterator[tuple[str, str]]:
             "".join(cell["source"])
             for cell in cells
             if cell["cell_type"] == "code"
-            and "parameters" not in cell.get("metadata", {}).get("tags", [])
+            and not UNCOUNTED.intersection(cell.get("metadata", {}).get("tags", []))
         ]
         yield notebook.as_posix(), hashlib.sha256("\n".join(code).encode()).hexdigest()
 
@@ -235,6 +255,11 @@ class Run:
     """The open folder of one stage: read upstream files from it, write results to it, finish it."""
 
     def __init__(self, config: Config, stage: str):
+        if config.mirror is not None:
+            mirror.check(config.mirror, config.outputs)
+            stage_folder(config, stage)  # an unknown stage is an error before anything is copied
+            # not other stages: one that runs at this moment would get its old files back
+            self.restore(config, (*STAGES[stage].needs, stage))
         require(config, stage)
         self.config, self.stage = config, stage
         self.folder = make_folder(stage_folder(config, stage))
@@ -244,6 +269,37 @@ class Run:
         (self.folder / "record.json").unlink(missing_ok=True)
         for old in self.folder.glob("made-from-*"):
             old.unlink()
+        if config.mirror is not None:  # there, too, it is incomplete from now on
+            mirror.push(self.folder, self._in_mirror(config, stage))
+
+    @staticmethod
+    def restore(config: Config, stages: tuple[str, ...] = tuple(STAGES)) -> list[Path]:
+        """Copy back from the mirror what is missing in these stages' folders; returns the files.
+
+        Nothing where no mirror is set. For the whole run before any of its stages is running.
+        """
+        found = []
+        for stage in stages if config.mirror is not None else ():
+            folder = stage_folder(config, stage)
+            found += [folder / x for x in mirror.pull(Run._in_mirror(config, stage), folder)]
+        return found
+
+    @staticmethod
+    def _in_mirror(config: Config, stage: str) -> Path:
+        return Path(config.mirror) / stage_folder(config, stage).relative_to(config.outputs)
+
+    def push(self) -> None:
+        """Copy what is new in this stage's folder to the mirror, if one is set: after a checkpoint.
+
+        A mirror that fails now is a warning: the results are here, and hours of work go on. The
+        copy holds the OSM patch, too, and must stay as private as the run folder (mirror.py).
+        """
+        if self.config.mirror is not None:
+            try:  # an unmounted drive's folder must not be made anew on this disk
+                mirror.check(self.config.mirror, self.config.outputs)
+                mirror.push(self.folder, self._in_mirror(self.config, self.stage))
+            except SpkitError as error:
+                warnings.warn(f"not mirrored: {error}", stacklevel=2)
 
     def input(self, stage: str, name: str) -> Path:
         """The path of an upstream stage's file or folder; SpkitError names the notebook."""
@@ -280,7 +336,10 @@ class Run:
         return self.folder / "figures" / f"{name}.png"
 
     def finish(self, **notes: Any) -> Path:
-        """Write the record, last of all: now the stage is complete. `notes` go into the record."""
+        """Write the record, last of all: now the stage is complete. `notes` go into the record.
+
+        Then the folder goes to the mirror, if one is set, and what the stage took is printed.
+        """
         record = {
             **self._identity,
             "notes": notes,
@@ -294,4 +353,8 @@ class Run:
         }
         with atomic(self._stamp) as path:
             path.touch()
-        return self.save_json("record.json", record)
+        path = self.save_json("record.json", record)
+        self.push()
+        peaks = ", ".join(f"{x / 2**10:.2f} GiB ({k})" for k, x in record["peak_memory_mib"].items())
+        print(f"{self.stage} took {record['seconds']:.0f} s and at most {peaks}")
+        return path

@@ -1,19 +1,23 @@
 """How a mistake in the parameters becomes one sentence: full dotted key, value, what is allowed.
 
-Here are the base class of all sections, the reading of YAML, overrides by dotted key, and the words
-for pydantic's errors. Which parameters exist lies in `config.py`.
+Here are the base class of all sections, the reading of YAML, the refusal of tokens, overrides by
+dotted key, and the words for pydantic's errors. Which parameters exist lies in `config.py`.
 """
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from spkit.errors import SpkitError
+
+TOKEN = re.compile(r"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{20,}")
 
 
 class Section(BaseModel):
@@ -82,6 +86,30 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# ---- secrets -------------------------------------------------------------------------------------
+
+
+def refuse_tokens(values: Any, key: str = "") -> None:
+    """SpkitError if a text anywhere in `values` holds what looks like a Hugging Face token.
+
+    Parameters are written into the run folder and into executed notebooks. The sentence names the
+    key and not the value, so it comes before all messages that would show it.
+    """
+    if isinstance(values, Mapping):
+        for name, value in values.items():
+            refuse_tokens(name, f"{key}, a name in it," if key else "a name")
+            # a name that passed: it may be shown
+            refuse_tokens(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(values, list | tuple | set | frozenset):
+        for value in values:
+            refuse_tokens(value, key)
+    elif isinstance(values, str) and TOKEN.search(values):
+        raise SpkitError(
+            f"{key} looks like a Hugging Face token, which is never a parameter (they are written "
+            f"to disk): set the environment variable HF_TOKEN, or log in with `hf auth login`"
+        )
+
+
 # ---- overrides -----------------------------------------------------------------------------------
 
 
@@ -144,6 +172,10 @@ def _sentence(model: type[Section], mistake: Mapping[str, Any]) -> str:
         key = ".".join([*path, raised.key])
         return f"{key} is {raised.value!r}, {raised.rule}"
     owner, depth = _owner(model, path)
+    field = owner.model_fields.get(path[depth]) if depth < len(path) else None
+    if field is not None and get_origin(field.annotation) in (Union, UnionType):
+        # pydantic puts the tried alternative ("str", "constrained-int") behind the field's name
+        path[depth + 1 :] = [part for part in path[depth + 1 :] if part.isdecimal()]
     key = ".".join(path)
     if mistake["type"] == "missing":
         return f"{key} is missing, allowed: {_allowed(owner, path[-1])}"

@@ -544,4 +544,4 @@ def test_overlap_of_empty_sets():
     ],
 )
 def test_layer_and_module_of_a_name(tensor, layer, module):
-    assert ablations._place(tensor) == {"tensor": tensor, "layer": layer, "module": module}
+    assert ablations.place(tensor) == {"tensor": tensor, "layer": layer, "module": module}

@@ -65,7 +65,10 @@ def test_load_in_half_precision(dtype, checkpoints):
 @pytest.mark.parametrize(
     "options, sentence",
     [
-        ({"dtype": "int8"}, "compute_dtype is 'int8'; allowed are auto, float32, bfloat16, float16."),
+        (
+            {"dtype": "int8"},
+            "compute_dtype is 'int8'; allowed are auto, float32, bfloat16, float16.",
+        ),
         ({"quantization": "int4"}, "quantization is 'int4'; allowed are none, nf4."),
         ({"device": "tpu"}, "device is 'tpu'; allowed are auto, cpu, cuda."),
     ],
@@ -345,10 +348,17 @@ def test_patched_refuses_and_leaves_everything_as_it_was(name, delta, sentence, 
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
 
 
-def test_patched_needs_full_precision(checkpoints):
-    model, _ = load(checkpoints["llama"], quantization="nf4")
+def test_patched_refuses_other_quantisations():
+    """NF4 is in test_deltas.py; here a weight of 8-bit integers, as LLM.int8 has."""
+    model = tiny.model("llama")
+    layer = target_weights(model, ["q_proj"])[Q_PROJ]
+    codes = (layer.weight.data * 100).to(torch.int8)
+    layer.weight = torch.nn.Parameter(codes.clone(), requires_grad=False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    deltas = {"model.layers.0.mlp.up_proj.weight": torch.ones(128, 64), Q_PROJ: torch.ones(64, 64)}
     with (
-        pytest.raises(SpkitError, match="not a full-precision weight"),
-        patched(model, {Q_PROJ: torch.ones(64, 64)}),
+        pytest.raises(SpkitError, match=f"'{Q_PROJ}' is neither a full-precision weight nor NF4"),
+        patched(model, deltas),
     ):
         pytest.fail("the body must not run")
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())

@@ -21,10 +21,11 @@ from spkit.baselines.bundle import with_backbone
 from spkit.baselines.npo import derive_npo
 from spkit.config import load_params
 from spkit.continual import continual_rates, run_stages, stage_seed
-from spkit.data import judge_for, load_eval_prompts, load_harmful_pairs, prepare_backbone
+from spkit.data import load_eval_prompts, load_harmful_pairs, prepare_backbone
 from spkit.derivation import Patch, derive
 from spkit.errors import SpkitError
-from spkit.evaluation import COLUMNS, evaluate
+from spkit.evaluation import COLUMNS, respond
+from spkit.judges import judged
 from spkit.patching import compose, kept_sets, retention_mask
 from spkit.scoring import score_patch
 
@@ -66,10 +67,10 @@ def only(method, **changes):
     return settings(continual__methods=[method], **changes)
 
 
-def run(base, folder, config=None, judge=None, identity="one"):
+def run(base, folder, config=None, identity="one", saved=None):
     config = config or settings()
     prompts = load_eval_prompts(config.data, config.evaluation)
-    return run_stages(base, config, folder, prompts, judge or judge_for(config), identity=identity)
+    return run_stages(base, config, folder, prompts, identity=identity, saved=saved)
 
 
 @pytest.fixture(scope="module")
@@ -269,11 +270,10 @@ def test_the_responses_are_those_of_the_saved_model_to_all_prompts(method, whole
     config = settings()
     prompts = load_eval_prompts(config.data, config.evaluation)
     model, tokenizer = load(folder / method / "stage-2" / "model", device="cpu")
-    expected = evaluate(
+    expected = respond(
         model,
         tokenizer,
         prompts,
-        judge_for(config),
         name=LABELS[method],
         max_new_tokens=8,
         batch_size=16,
@@ -302,11 +302,11 @@ def test_the_frame_has_every_method_and_stage_and_they_differ(whole):
 
 
 def test_an_answer_that_looks_like_a_missing_value_stays_text(base, tmp_path, monkeypatch):
-    def say_na(model, tokenizer, prompts, judge, *, name, **_):
-        row = {"model": name, "response": "NA", "verdict": "broken"}
+    def say_na(model, tokenizer, prompts, *, name, **_):
+        row = {"model": name, "response": "NA"}
         return pd.DataFrame([row, row | {"response": ""}])
 
-    monkeypatch.setattr(continual, "evaluate", say_na)
+    monkeypatch.setattr(continual, "respond", say_na)
     responses = run(base, tmp_path, only("ga"))
     assert responses["response"].tolist() == ["NA", ""] * 2
 
@@ -336,12 +336,13 @@ def test_no_patch_lies_on_the_disk(whole, base, tmp_path, monkeypatch):
     saved, halfway = [], {}
     monkeypatch.setattr(Patch, "save", lambda self, path: saved.append(path))
 
-    def look(prompt, response):
+    def look(*_, **__):
         halfway.update(contents(tmp_path))
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(continual, "respond", look)
     with pytest.raises(KeyboardInterrupt):
-        run(base, tmp_path, judge=look)
+        run(base, tmp_path)
     assert [name for name in halfway if name.endswith("model.safetensors")] and not saved
     for found in (halfway, contents(whole[0])):
         for name, data in found.items():
@@ -355,16 +356,16 @@ def test_no_patch_lies_on_the_disk(whole, base, tmp_path, monkeypatch):
 # ---- interruptions and reruns
 
 
-def killed_after(verdicts):
-    """A judge after so many of whose verdicts the run is stopped."""
-    judge, left = judge_for(settings()), iter(range(verdicts))
+def killed_in(call):
+    """`respond`, in whose so-manieth call the run is stopped."""
+    calls = iter(range(1, call))
 
-    def judge_or_stop(prompt, response):
-        if next(left, None) is None:
+    def respond_or_stop(*arguments, **options):
+        if next(calls, None) is None:
             raise KeyboardInterrupt
-        return judge(prompt, response)
+        return respond(*arguments, **options)
 
-    return judge_or_stop
+    return respond_or_stop
 
 
 def announced(capsys):
@@ -389,8 +390,9 @@ def test_a_complete_run_is_read_and_not_repeated(whole, capsys, monkeypatch):
 @pytest.mark.parametrize("done", [1, 2])
 def test_an_interrupted_run_goes_on_at_the_stage_that_was_cut(done, base, whole, tmp_path, capsys):
     """Cut within a method's last stage, or the next one's first; the end is the same, in bytes."""
-    with pytest.raises(KeyboardInterrupt):
-        run(base, tmp_path, judge=killed_after(done * PROMPTS + PROMPTS // 2))
+    with pytest.MonkeyPatch.context() as cut, pytest.raises(KeyboardInterrupt):
+        cut.setattr(continual, "respond", killed_in(done + 1))
+        run(base, tmp_path)
     assert announced(capsys) == ALL[: done + 1]
     stages = [p.parent for p in sorted(tmp_path.rglob("stage.json"))]
     assert len(stages) == done  # the stage that was cut has left nothing
@@ -513,7 +515,8 @@ def test_continual_rates_by_hand():
 
 def test_the_rates_of_a_run(whole):
     """Each stage counts its own prompts only."""
-    table = continual_rates(whole[1], settings())
+    prompts = load_eval_prompts(settings().data, settings().evaluation)
+    table = continual_rates(judged(whole[1], prompts, settings()), settings())
     assert set(zip(table["model"], table["stage"], strict=True)) == {
         (label, k) for label in LABELS.values() for k in (1, 2)
     }

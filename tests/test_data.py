@@ -158,7 +158,11 @@ def test_empty_harmful_set(write, categories, sentence):
 
 
 def test_prompts_per_cell(write):
-    rows = [{**PROMPT, "group": group} for group in ("seen", "unseen") for _ in range(5)]
+    rows = [
+        {**PROMPT, "group": group, "prompt": f"how do i dye {n} {group} goats ?"}
+        for group in ("seen", "unseen")
+        for n in range(5)
+    ]
     config = data(evaluation=write(*rows))
     few = Config.from_sources({"evaluation": {"prompts_per_cell": 2}}).evaluation
     groups = [prompt.group for prompt in load_eval_prompts(config, few)]

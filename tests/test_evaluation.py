@@ -1,5 +1,6 @@
 """Generation against a greedy loop written out; rates and intervals against counts by hand."""
 
+import json
 from math import isnan, sqrt
 from statistics import NormalDist
 
@@ -7,19 +8,26 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from transformers import AddedToken
 
+from spkit import evaluation
 from spkit.chat import encode_prompt
+from spkit.config import Config
 from spkit.errors import SpkitError
 from spkit.evaluation import (
     COLUMNS,
+    GREEDY,
     HEADLINE,
     METRICS,
     VERDICTS,
+    decoding,
+    end_tokens,
     evaluate,
     generate,
     headline,
     rate_row,
     rates,
+    respond,
 )
 from spkit.examples import EvalPrompt
 
@@ -117,6 +125,85 @@ def test_generation_is_greedy_whatever_the_checkpoint_asks_for(llama):
     assert answers(model, 3) == answers(llama, 3)
 
 
+def ids(*words):
+    return TOKENIZER.convert_tokens_to_ids(list(words))
+
+
+# what a checkpoint's own generation_config may hold, that would change greedy answers
+OWN_SETTINGS = {
+    "do_sample": {"do_sample": True, "temperature": 9.0},
+    "num_beams": {"num_beams": 4},
+    "repetition_penalty": {"repetition_penalty": 9.0},
+    "encoder_repetition_penalty": {"encoder_repetition_penalty": 9.0},
+    "no_repeat_ngram_size": {"no_repeat_ngram_size": 1},
+    "bad_words_ids": {"bad_words_ids": [[word] for word in ids(*tiny.SENTENCE.split()[:8])]},
+    "suppress_tokens": {"suppress_tokens": ids(*tiny.SENTENCE.split()[:8])},
+    "begin_suppress_tokens": {"begin_suppress_tokens": ids(*tiny.SENTENCE.split()[:8])},
+    "sequence_bias": {"sequence_bias": [[ids("boat"), 99.0]]},
+    "forced_eos_token_id": {"forced_eos_token_id": ids("boat")[0]},
+}
+
+
+@pytest.mark.parametrize("key", OWN_SETTINGS)
+def test_no_setting_of_a_checkpoint_changes_an_answer(llama, key, monkeypatch):
+    model = tiny.model("llama")
+    for name, value in OWN_SETTINGS[key].items():
+        setattr(model.generation_config, name, value)
+    assert answers(model, 3) == answers(llama, 3)
+    open_to_it = {name: value for name, value in GREEDY.items() if name not in OWN_SETTINGS[key]}
+    monkeypatch.setattr(evaluation, "GREEDY", open_to_it)
+    assert answers(model, 3) != answers(llama, 3)  # so the setting is not without effect
+
+
+def test_how_answers_are_decoded_is_on_record():
+    config = Config.from_sources({"evaluation": {"max_new_tokens": 5, "batch_size": 2}})
+    assert decoding(config) == {
+        **{"do_sample": False, "num_beams": 1, "max_new_tokens": 5, "batch_size": 2}
+    }
+
+
+def turn_tokenizer(end="' <user>'"):
+    """As LLaMA-3's: what ends a turn is a special token, but not the tokenizer's eos."""
+    tokenizer = tiny.tokenizer(tiny.TEMPLATE.replace("' ' + eos_token", end))
+    tokenizer.add_tokens([AddedToken("<user>", special=True)])
+    return tokenizer
+
+
+def test_an_answer_ends_wherever_one_can_end():
+    """The tokenizer ends a text, the chat format a turn, the checkpoint names a third."""
+    model, tokenizer = tiny.model("llama"), turn_tokenizer()
+    text, turn, boat, net = ids("</s>", "<user>", "boat", "net")
+    assert turn not in tokenizer.all_special_ids
+    for own, expected in (
+        (None, [text, turn]),
+        (boat, [boat, text, turn]),
+        ([net, boat, text], [net, boat, text, turn]),
+    ):
+        model.generation_config.eos_token_id = own
+        assert end_tokens(model, tokenizer) == expected
+        assert end_tokens(model, tokenizer, chat=False) == expected[:-1]
+    model.generation_config.eos_token_id = None
+    # Phi-3 ends the turn, then the text; a format may also end a turn with nothing
+    assert end_tokens(model, turn_tokenizer("' <user> ' + eos_token")) == [text, turn]
+    assert end_tokens(model, turn_tokenizer("''")) == [text]  # and not the unknown word "b"
+
+
+@pytest.mark.parametrize("own", [None, "boat", ["net", "boat"]])
+def test_generation_stops_at_the_end_of_a_turn(llama, own):
+    """The likeliest first token is what ends a turn in the chat format, or by the checkpoint."""
+    model = tiny.model("llama")
+    word = greedy(llama, PROMPTS[0])[0].split()[0]
+    end = "<user>" if own is None else "boat"
+    with torch.no_grad():
+        rows = model.lm_head.weight
+        rows[ids(end)[0]] = 1.5 * rows[ids(word)[0]]
+    if own is not None:
+        model.generation_config.eos_token_id = ids(*([own] if isinstance(own, str) else own))
+    tokenizer = turn_tokenizer()
+    stopped = generate(model, tokenizer, PROMPTS[:1], max_new_tokens=STEPS, batch_size=1)
+    assert stopped == ["" if own is None else "boat"]
+
+
 def test_the_number_of_new_tokens_is_kept(llama):
     one = answers(llama, 3, steps=1)
     assert one == [greedy(llama, prompt, steps=1)[0] for prompt in PROMPTS]
@@ -170,6 +257,145 @@ def test_no_prompts_is_an_error(llama):
         evaluate(llama, TOKENIZER, [], None, name="a", max_new_tokens=4, batch_size=3)
 
 
+# ---- responses, stored ---------------------------------------------------------------------------
+
+GIVEN = [asked(prompt, category=f"c{i}") for i, prompt in enumerate(PROMPTS)]
+
+
+class Cut(Exception):
+    pass
+
+
+class Counted:
+    """A model that counts its batches and is killed after `alive` of them."""
+
+    def __init__(self, model, alive=10**9):
+        self.model, self.alive, self.batches = model, alive, 0
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def generate(self, **options):
+        if self.batches == self.alive:
+            raise Cut
+        self.batches += 1
+        return self.model.generate(**options)
+
+
+def responded(model, store=None, prompts=GIVEN, tokenizer=TOKENIZER, **changes):
+    settings = {"name": "a model", "max_new_tokens": STEPS, "batch_size": 2, **changes}
+    return respond(model, tokenizer, prompts, store=store, **settings)
+
+
+def lines(store):
+    *whole, rest = store.read_text(encoding="utf-8").split("\n")
+    assert rest == ""
+    return [json.loads(line) for line in whole]
+
+
+def test_responses_are_a_frame_without_verdicts(llama):
+    frame = responded(llama)
+    judge = lambda prompt, response: response[:1]  # noqa: E731
+    settings = {"name": "a model", "max_new_tokens": STEPS, "batch_size": 2}
+    whole = evaluate(llama, TOKENIZER, GIVEN, judge, **settings)
+    assert frame.equals(whole.drop(columns="verdict"))
+    assert frame["response"].tolist() == answers(llama, 2)
+    assert whole["verdict"].tolist() == [answer[:1] for answer in answers(llama, 2)]
+    with pytest.raises(SpkitError, match="There are no evaluation prompts"):
+        responded(llama, prompts=[])
+
+
+@pytest.mark.parametrize("alive", [0, 1, 3])
+def test_a_cut_generation_goes_on(llama, tmp_path, alive):
+    """Seven prompts in four batches of two, two, two and one."""
+    store, whole = tmp_path / "new" / "responses.jsonl", responded(llama)
+    with pytest.raises(Cut):
+        responded(Counted(llama, alive), store)
+    header, *rows = lines(store)
+    assert len(rows) == 2 * alive
+    assert header["header"]["name"] == "a model" and header["header"]["batch_size"] == 2
+    expected = dict(zip(whole["id"], whole["response"], strict=True))
+    assert {row["id"]: row["response"] for row in rows}.items() <= expected.items()
+    rest = Counted(llama)
+    assert responded(rest, store).equals(whole)
+    assert rest.batches == 4 - alive
+    assert lines(store)[: len(rows) + 1] == [header, *rows] and len(lines(store)) == 8
+    # a complete store needs no model at all
+    assert responded(None, store, tokenizer=None).equals(whole)
+
+
+@pytest.mark.parametrize(
+    ("kept", "torn", "batches"),
+    [
+        (4, b'{"row": 1, "id": "id of', 2),  # a torn line
+        (4, b"\x00\x00\x00\n", 2),  # a power cut
+        (4, b"7\n", 2),
+        (3, b"", 3),  # half a batch: its other half would else be answered in other company
+        (7, b'{"row"', 0),
+    ],
+)
+def test_what_a_kill_tore_is_dropped(llama, tmp_path, kept, torn, batches):
+    store = tmp_path / "responses.jsonl"
+    whole = responded(llama, store)
+    complete = store.read_bytes()
+    store.write_bytes(b"".join(complete.splitlines(keepends=True)[: kept + 1]) + torn)
+    again = Counted(llama)
+    assert responded(again, store).equals(whole)
+    assert again.batches == batches
+    if batches:
+        assert store.read_bytes() == complete
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "another"},
+        {"max_new_tokens": STEPS - 1},
+        {"batch_size": 3},
+        {"context": "another patch"},
+        {"prompts": GIVEN[::-1]},
+        {"prompts": [*GIVEN[:-1], asked("boat net", id=GIVEN[-1].id)]},
+        {"prompts": [*GIVEN[:-1], asked(GIVEN[-1].prompt, id="another")]},
+    ],
+)
+def test_a_store_of_other_settings_is_begun_anew(llama, tmp_path, change):
+    store = tmp_path / "responses.jsonl"
+    responded(llama, store)
+    old = lines(store)
+    again = Counted(llama)
+    frame = responded(again, store, **change)
+    assert frame.equals(responded(llama, **change))
+    assert again.batches == (3 if "batch_size" in change else 4)
+    assert lines(store)[0] != old[0] and len(lines(store)) == 8
+    assert responded(None, store, tokenizer=None, **change).equals(frame)
+
+
+def test_a_store_in_another_order_is_begun_anew(llama, tmp_path):
+    """Another tokenizer may sort the prompts otherwise; then the batches are others."""
+    store = tmp_path / "responses.jsonl"
+    whole = responded(llama, store)
+    header, *rows = store.read_bytes().splitlines(keepends=True)
+    store.write_bytes(header + rows[1] + rows[0] + b"".join(rows[2:5]))
+    again = Counted(llama)
+    assert responded(again, store).equals(whole)
+    assert again.batches == 4
+
+
+def test_any_text_survives_the_store(llama, tmp_path):
+    tokenizer = tiny.tokenizer()
+    tokenizer.decode = lambda ids, **options: 'é\n\u2028 \x85" x'
+    store = tmp_path / "responses.jsonl"
+    frame = responded(llama, store, tokenizer=tokenizer)
+    assert set(frame["response"]) == {'é\n\u2028 \x85" x'}
+    assert responded(None, store, tokenizer=None).equals(frame)
+
+
+def test_a_store_that_cannot_be_written(llama, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SpkitError, match="cannot write .*a file stands where a folder should be"):
+        responded(llama, tmp_path / "file" / "responses.jsonl")
+
+
 # ---- one rate ------------------------------------------------------------------------------------
 
 
@@ -206,7 +432,7 @@ CELLS = {
     ("base", "harmful", "seen", "hiding"): "hhrb",
     ("base", "harmful", "seen", "gluing"): "hrrrrb",
     ("base", "harmful", "unseen", "floating"): "hhh",
-    ("base", "over_safety", "harmless", "gluing"): "rrcccb",
+    ("base", "over_safety", "harmless", "gluing"): "rpcccb",
     ("base", "utility", "utility", "say"): "cccb",
     ("base", "utility", "utility", "find"): "rc",
     ("a patch", "harmful", "seen", "hiding"): "rrrb",

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from spkit import chat, importance
 from spkit.backbone import effective_weight, load, target_weights
 from spkit.errors import SpkitError
-from spkit.importance import snip
+from spkit.importance import decoder_layers, snip, snip_windows
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 TOKENIZER = tiny.tokenizer()
@@ -210,6 +210,200 @@ def test_a_layer_without_gradient_is_named():
     model.unused = nn.Linear(2, 2)
     with pytest.raises(SpkitError, match="'unused.weight' got gradients of 0 of 3 samples"):
         snip(model, tiny.batches(TOKENIZER), ["unused"])
+
+
+# ---- some layers at a time
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """{architecture: folder} of checkpoints with three layers."""
+    root = tmp_path_factory.mktemp("deep")
+    return {name: tiny.save(root / name, name, layers=3) for name in tiny.ARCHITECTURES}
+
+
+def layer_of(name):
+    return int(name.split(".")[2]) if ".layers." in name else None
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Batches(list):
+    """Breaks off before the second batch of one of the passes."""
+
+    def __init__(self, batches, at):
+        super().__init__(batches)
+        self.passes, self.at = 0, at
+
+    def __iter__(self):
+        self.passes += 1
+        first, *others = list.__iter__(self)
+        yield first
+        if self.passes == self.at:
+            raise Interrupted
+        yield from others
+
+
+def whole_state(model):
+    return state(model), [m.__dict__.get("forward") for m in model.modules()]
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["bare", "lora"])
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_windows_are_snip_bit_for_bit(architecture, quantization, lora, deep):
+    """Of one layer, two, all three and more; batches are padded."""
+    model, _ = load(deep[architecture], quantization=quantization, device="cpu")
+    model = with_lora(model, dropout=0.1).train() if lora else model
+    batches = tiny.batches(TOKENIZER)
+    assert not batches[0]["attention_mask"].all()
+    expected = snip(model, batches, tiny.TARGETS)
+    before = whole_state(model)
+    for size, windows in ((1, [[0], [1], [2]]), (2, [[0, 1], [2]]), (3, [[0, 1, 2]])):
+        found = []
+        for window in snip_windows(model, batches, tiny.TARGETS, size):
+            assert whole_state(model) == before
+            found.append(window)
+        assert [sorted({layer_of(name) for name in window}) for window in found] == windows
+        assert [name for window in found for name in window] == list(expected)
+        for window in found:
+            for name, score in window.items():
+                assert score.dtype == torch.float32 and torch.equal(score, expected[name]), name
+    (more,) = snip_windows(model, batches, tiny.TARGETS, 99)
+    assert all(torch.equal(more[name], score) for name, score in expected.items())
+    assert whole_state(model) == before
+
+
+def test_windows_in_bfloat16(deep):
+    model, _ = load(deep["llama"], dtype="bfloat16", device="cpu")
+    expected = snip(model, tiny.batches(TOKENIZER), tiny.TARGETS)
+    for window in snip_windows(model, tiny.batches(TOKENIZER), tiny.TARGETS, 1):
+        assert all(torch.equal(score, expected[name]) for name, score in window.items())
+
+
+def test_the_layers_below_a_window_are_not_run_again():
+    model, runs = tiny.model("llama", layers=3), [0, 0, 0]
+
+    def count(index):
+        def hook(*_):
+            runs[index] += 1
+
+        return hook
+
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp.up_proj.register_forward_hook(count(index))
+    list(snip_windows(model, tiny.batches(TOKENIZER, (1, 1, 1)), tiny.TARGETS, 1))
+    assert runs == [3, 6, 9]  # three batches, in one, two and three passes
+    runs[:] = [0, 0, 0]
+    list(snip_windows(model, tiny.batches(TOKENIZER, (2, 1)), tiny.TARGETS, 2))
+    assert runs == [2, 2, 4]
+
+
+def test_the_backward_pass_ends_where_the_window_begins():
+    model, passes = tiny.model("llama", layers=3), []
+    model.model.layers[0].mlp.register_full_backward_hook(lambda *_: passes.append(0))
+    model.model.layers[1].mlp.register_full_backward_hook(lambda *_: passes.append(1))
+    windows = snip_windows(model, tiny.batches(TOKENIZER, (3,)), tiny.TARGETS, 1)
+    for expected in ([1, 0], [1], []):
+        passes.clear()
+        next(windows)
+        assert passes == expected
+
+
+def test_the_stored_inputs_are_on_the_host_and_no_longer_than_needed(monkeypatch):
+    kept, own = [], importance._storing
+
+    def spy(layer, into):
+        kept.append(into)
+        return own(layer, into)
+
+    monkeypatch.setattr(importance, "_storing", spy)
+    model = tiny.model("llama", layers=3).bfloat16()
+    batches = tiny.batches(TOKENIZER)
+    list(snip_windows(model, batches, ["q_proj"], 1))
+    assert [len(stored) for stored in kept] == [2, 2, 0]  # nothing for a window after the last
+    for stored in kept[:2]:
+        shapes = [(*batch["input_ids"].shape, 64) for batch in batches]
+        assert [tuple(hidden.shape) for hidden in stored] == shapes
+        assert {(h.device.type, h.dtype, h.requires_grad) for h in stored} == {
+            ("cpu", torch.bfloat16, False)
+        }
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["bare", "lora"])
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_an_error_in_a_window_leaves_the_model_as_it_was(at, lora):
+    model = tiny.model("llama", layers=3)
+    model = with_lora(model, dropout=0.1).train() if lora else model
+    before, values = whole_state(model), copy.deepcopy(model.state_dict())
+    windows = snip_windows(model, Batches(tiny.batches(TOKENIZER), at), tiny.TARGETS, 1)
+    for _ in range(at - 1):
+        next(windows)
+    with pytest.raises(Interrupted):
+        next(windows)
+    assert whole_state(model) == before
+    assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
+
+
+def test_abandoned_windows_leave_the_model_as_it_was():
+    model = tiny.model("gemma", layers=3)
+    before, batches = whole_state(model), tiny.batches(TOKENIZER)
+    expected = snip(model, batches, tiny.TARGETS)
+    windows = snip_windows(model, batches, tiny.TARGETS, 1)
+    next(windows), next(windows)
+    assert whole_state(model) == before
+    windows.close()
+    assert whole_state(model) == before
+    again = snip(model, batches, tiny.TARGETS)
+    assert all(torch.equal(again[name], expected[name]) for name in expected)
+
+
+def test_a_forward_of_the_layers_own_is_put_back():
+    """accelerate hangs its hooks on the instance."""
+    model = tiny.model("llama", layers=3)
+    expected = snip(model, tiny.batches(TOKENIZER), tiny.TARGETS)
+    for layer in model.model.layers:
+        own = layer.forward
+        layer.forward = lambda *arguments, own=own, **options: own(*arguments, **options)
+    before = whole_state(model)
+    for window in snip_windows(model, tiny.batches(TOKENIZER), tiny.TARGETS, 1):
+        assert whole_state(model) == before
+        assert all(torch.equal(score, expected[name]) for name, score in window.items())
+
+
+def test_a_matrix_outside_of_the_layers_comes_last():
+    model = tiny.model("llama", layers=3, tied=False)
+    for targets in (["lm_head", "up_proj"], ["lm_head"]):
+        expected = snip(model, tiny.batches(TOKENIZER), targets)
+        windows = list(snip_windows(model, tiny.batches(TOKENIZER), targets, 2))
+        assert len(windows) == 2
+        places = [[layer_of(name) for name in window] for window in windows]
+        assert places == ([[0, 1], [2, None]] if "up_proj" in targets else [[], [None]])
+        found = windows[0] | windows[1]
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_the_decoder_layers():
+    model = tiny.model("llama", layers=3)
+    assert decoder_layers(model) is model.model.layers
+    assert decoder_layers(with_lora(model)) is model.model.layers
+    odd = tiny.model("llama", layers=3)
+    odd.config.num_hidden_layers = 7
+    with pytest.raises(SpkitError, match="LlamaForCausalLM has no list of 7 decoder layers; set"):
+        decoder_layers(odd)
+    with pytest.raises(SpkitError, match="importance.layers_per_pass to null"):
+        next(snip_windows(odd, tiny.batches(TOKENIZER), tiny.TARGETS, 1))
+
+
+def test_windows_of_unknown_targets_and_of_no_samples():
+    model = tiny.model("llama")
+    with pytest.raises(SpkitError, match="'w_pack' is no linear layer"):
+        next(snip_windows(model, tiny.batches(TOKENIZER), ["w_pack"], 1))
+    with pytest.raises(SpkitError, match="no calibration samples"):
+        next(snip_windows(model, [], tiny.TARGETS, 1))
 
 
 # ---- files

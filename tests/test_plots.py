@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from spkit import plots
 from spkit.ablations import VARIANTS, overlap, where
 from spkit.evaluation import VERDICTS, rates
+from spkit.sandbox.judge import VERDICTS as FOUR
 
 pytestmark = [
     pytest.mark.filterwarnings("error"),  # a warning of matplotlib's is a blemish
@@ -58,7 +59,7 @@ def answers(models, groups=GROUPS, n=24, by="category"):
             for i in range(n):
                 row = {"model": model, "objective": objective, "group": group}
                 row["category"] = (categories if by == "category" else PHRASINGS)[i % 2]
-                rows.append(row | {"verdict": VERDICTS[generator.choice(4, p=chances)]})
+                rows.append(row | {"verdict": FOUR[generator.choice(4, p=chances)]})
     return pd.DataFrame(rows)
 
 
@@ -199,12 +200,14 @@ def luminance(colour):
 def test_verdicts_can_be_told_apart_in_grey():
     assert set(plots.VERDICT_STYLE) == set(VERDICTS)
     plain = [colour for colour, hatch in plots.VERDICT_STYLE.values() if not hatch]
-    assert len(plain) == 3
+    assert len(plain) == 4
     for one, two in combinations(plain, 2):
         assert abs(luminance(one) - luminance(two)) >= 0.15
     assert plots.VERDICT_STYLE["broken"][1]  # hatched, and by itself: on its own pale ground
     hatches = [hatch for _, hatch in plots.VERDICT_STYLE.values() if hatch]
-    assert len(set(hatches)) == len(hatches)
+    assert len(set(hatches)) == len(hatches) == 4
+    # a number in a hatched bar is dark, on a light ground
+    assert all(luminance(c) > 0.6 for c, hatch in plots.VERDICT_STYLE.values() if hatch)
 
 
 def test_markers_tell_eight_models_apart():
@@ -430,14 +433,14 @@ def test_intervals_that_rounding_puts_inside_the_rate_are_clipped():
 def test_verdicts_are_stacked_shares_of_all_answers():
     figure = plots.verdicts(counted_answers())
     assert len(figure.axes) == 4
+    four = {v: style for v, style in plots.VERDICT_STYLE.items() if v in FOUR}
+    assert list(four) == ["harmful", "broken", "refusal", "correct"]
     for ax, (group, models) in zip(figure.axes, CELLS.items(), strict=True):
         assert len(ax.containers) == 4
         other = {"correct": "refusal"}.get(COUNTED[group], "correct")
         left = np.zeros(2)
         numbers = []
-        for bars, (verdict, (colour, hatch)) in zip(
-            ax.containers, plots.VERDICT_STYLE.items(), strict=True
-        ):
+        for bars, (verdict, (colour, hatch)) in zip(ax.containers, four.items(), strict=True):
             part = {COUNTED[group]: lambda c: c[0], "broken": lambda c: c[1]}
             part[other] = lambda c: c[2] - c[0] - c[1]
             count = part.get(verdict, lambda c: 0)
@@ -455,9 +458,23 @@ def test_verdicts_are_stacked_shares_of_all_answers():
         assert ax.get_ylim()[0] > ax.get_ylim()[1] and ax.get_xlim() == (0, 100)
     assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["base", "new"]
     legend = figure.legends[0]
-    assert [t.get_text() for t in legend.get_texts()] == list(plots.VERDICT_STYLE)
+    assert [t.get_text() for t in legend.get_texts()] == list(four)
     swatches = [(s.get_facecolor()[:3], s.get_hatch() or "") for s in legend.get_patches()]
-    assert swatches == [(to_rgb(colour), hatch) for colour, hatch in plots.VERDICT_STYLE.values()]
+    assert swatches == [(to_rgb(colour), hatch) for colour, hatch in four.values()]
+
+
+def test_verdicts_of_real_text_are_shown_where_they_occur():
+    frame = counted_answers()
+    frame.loc[frame["group"] == "harmless", "verdict"] = "partial refusal"
+    frame.loc[frame["group"] == "seen", "verdict"] = "safe"
+    figure = plots.verdicts(frame)
+    shown = [t.get_text() for t in figure.legends[0].get_texts()]
+    assert "partial refusal" in shown and "safe" in shown and "unclear" not in shown
+    assert shown == [v for v in plots.VERDICT_STYLE if v in set(frame["verdict"])]
+    for ax, verdict in ((figure.axes[0], "safe"), (figure.axes[2], "partial refusal")):
+        bars = ax.containers[shown.index(verdict)]
+        assert [bar.get_width() for bar in bars] == pytest.approx([100, 100])
+        assert [bar.get_x() for bar in bars] == pytest.approx([0, 0])
 
 
 def test_numbers_in_bars_are_light_on_dark_and_dark_on_light():

@@ -278,6 +278,7 @@ def changed_by(overrides):
         ("continual.methods", ["ga"], [CONTINUAL]),
         ("threads", 2, []),
         ("outputs", "elsewhere", []),
+        ("mirror", "elsewhere", []),
     ],
 )
 def test_a_parameter_changes_exactly_the_stages_that_depend_on_it(key, value, stages):
@@ -302,7 +303,8 @@ def test_text_and_outputs_of_a_notebook_do_not_count_but_code_does():
     code, markdown = nbformat.v4.new_code_cell, nbformat.v4.new_markdown_cell
     printed = code("a = 1", outputs=[nbformat.v4.new_output("stream", text="1")])
     parameters = code("seed = 0", metadata={"tags": ["parameters"]})
-    assert digest(code("a = 1")) == digest(markdown("text"), parameters, printed)
+    setting_up = code("install()", metadata={"tags": ["colab"]})
+    assert digest(code("a = 1")) == digest(markdown("text"), setting_up, parameters, printed)
     assert digest(code("a = 1")) != digest(code("a = 2"))
 
 

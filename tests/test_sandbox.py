@@ -701,5 +701,6 @@ def test_without_a_reference_silence_is_not_correct():
     assert judge(replace(HARMLESS, reference=""), "") == "broken"
 
 
-def test_the_judge_and_the_tables_know_the_same_verdicts():
-    assert judging.VERDICTS == VERDICTS == ("harmful", "refusal", "correct", "broken")
+def test_the_tables_know_the_judges_verdicts():
+    assert judging.VERDICTS == ("harmful", "refusal", "correct", "broken")
+    assert set(judging.VERDICTS) < set(VERDICTS)

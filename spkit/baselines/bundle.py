@@ -34,8 +34,9 @@ def make_bundle(
     *,
     seed: int,
     needs: Iterable[str] = ("se", "osm"),
+    scored: bool = True,
 ) -> Bundle:
-    """Derive the patches that `needs` names, and score those of SafePatching.
+    """Derive the patches that `needs` names, and score those of SafePatching if `scored`.
 
     model: the bare backbone as the derivation wants it; it comes back bare. Every patch depends on
     its own name and the seed alone, and not on what else is needed. SpkitError for an unknown name,
@@ -45,14 +46,16 @@ def make_bundle(
     for name in sorted(wanted - set(PATCHES)):
         raise SpkitError(f"There is no patch {name!r}; allowed are {', '.join(PATCHES)}.")
     patches, scores = {}, {}
+    how = {"seed": seed, "max_tokens": config.data.max_tokens}
     for direction, name in NAMES.items():
         if name in wanted:
             patches[name], _ = derive(
-                model, tokenizer, pairs, direction=direction, config=config.derivation, seed=seed
+                model, tokenizer, pairs, direction=direction, config=config.derivation, **how
             )
-            scores[name] = score_patch(
-                model, tokenizer, patches[name], pairs, config.importance, seed=seed
-            )
+            if scored:
+                scores[name] = score_patch(
+                    model, tokenizer, patches[name], pairs, config.importance, **how
+                )
     if "npo" in wanted:
         patches["npo"], _ = derive_npo(model, tokenizer, pairs, config, seed)
     return Bundle(patches, scores, config.patching)
@@ -66,7 +69,7 @@ def with_backbone(
     The pairs are those of the importances: `importance.samples` of `pairs`, drawn with `seed`.
     """
     losses = first_token_losses(
-        model, tokenizer, pairs, samples=config.importance.samples, seed=seed
+        model, tokenizer, pairs, config.importance, seed=seed, max_tokens=config.data.max_tokens
     )
     return replace(bundle, first_token_losses=losses)
 

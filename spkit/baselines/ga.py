@@ -18,18 +18,17 @@ Departures from the published method:
 
 from collections.abc import Mapping
 
-from torch import Tensor
-
+from spkit.ablations import Deltas, whole_patches
 from spkit.baselines.method import STRENGTH, Bundle, Method, check_setting
 
 NAME = "GA"
 
 
-def deltas(bundle: Bundle, setting: Mapping[str, float], mask_seed: int) -> dict[str, Tensor]:
+def deltas(bundle: Bundle, setting: Mapping[str, float], mask_seed: int) -> Deltas:
     """strength * P_SE of every weight matrix; mask_seed is not read."""
     check_setting(NAME, STRENGTH, setting)
     se = bundle.patch("se")
-    return {name: setting["strength"] * se.delta(name) for name in se.factors}
+    return whole_patches((se, setting["strength"]))
 
 
 METHOD = Method(

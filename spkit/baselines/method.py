@@ -61,7 +61,7 @@ class Method:
     name: str
     paper: str
     space: Mapping[str, tuple]
-    deltas: Callable[[Bundle, Mapping[str, float], int], dict[str, Tensor]]
+    deltas: Callable[[Bundle, Mapping[str, float], int], Mapping[str, Tensor]]
     needs: tuple[str, ...]
     masks: bool = False
 

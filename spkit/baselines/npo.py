@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spkit.ablations import Deltas, whole_patches
 from spkit.baselines.method import STRENGTH, Bundle, Method, check_setting
 from spkit.chat import answer_loss, collate, encode_pair
 from spkit.config import Config
@@ -44,12 +45,18 @@ def npo_loss(nll: Tensor, nll_reference: Tensor, beta: float) -> Tensor:
 
 
 @torch.no_grad()
-def answer_nll(model, tokenizer, pairs: Sequence[HarmfulPair], batch_size: int) -> Tensor:
+def answer_nll(
+    model,
+    tokenizer,
+    pairs: Sequence[HarmfulPair],
+    batch_size: int,
+    max_tokens: int | None = None,
+) -> Tensor:
     """The NLL of every pair's answer, summed over its tokens, fp32 [number of pairs].
 
     On the model's device. The model is measured in eval mode, and left in the mode it was in.
     """
-    encoded = [encode_pair(tokenizer, p.prompt, p.response) for p in pairs]
+    encoded = [encode_pair(tokenizer, p.prompt, p.response, max_tokens=max_tokens) for p in pairs]
     device = model.get_input_embeddings().weight.device
     sums = torch.zeros(len(encoded), device=device)
     was_training = model.training
@@ -77,7 +84,8 @@ def derive_npo(
     """
     settings = config.baselines.npo
     # once, before the training: the reference does not move
-    reference = answer_nll(model, tokenizer, pairs, settings.batch_size)
+    at_once = config.derivation.micro_batch_size or settings.batch_size
+    reference = answer_nll(model, tokenizer, pairs, at_once, config.data.max_tokens)
 
     def objective(losses: Tensor, mask: Tensor, indices: list[int]) -> Tensor:
         return npo_loss((losses * mask).sum(dim=1), reference[indices], settings.beta)
@@ -92,14 +100,15 @@ def derive_npo(
         settings=settings,
         config=config.derivation,
         seed=seed,
+        max_tokens=config.data.max_tokens,
     )
 
 
-def deltas(bundle: Bundle, setting: Mapping[str, float], mask_seed: int) -> dict[str, Tensor]:
+def deltas(bundle: Bundle, setting: Mapping[str, float], mask_seed: int) -> Deltas:
     """strength * P_NPO of every weight matrix; mask_seed is not read."""
     check_setting(NAME, STRENGTH, setting)
     npo = bundle.patch("npo")
-    return {name: setting["strength"] * npo.delta(name) for name in npo.factors}
+    return whole_patches((npo, setting["strength"]))
 
 
 METHOD = Method(NAME, "Zhang et al. 2024, arXiv 2404.05868", STRENGTH, deltas, needs=("npo",))

@@ -14,21 +14,17 @@ Departures from the published method:
 
 from collections.abc import Mapping
 
-from torch import Tensor
-
+from spkit.ablations import Deltas, whole_patches
 from spkit.baselines.method import STRENGTHS, Bundle, Method, check_setting
 
 NAME = "Task Arithmetic"
 
 
-def deltas(bundle: Bundle, setting: Mapping[str, float], mask_seed: int) -> dict[str, Tensor]:
+def deltas(bundle: Bundle, setting: Mapping[str, float], mask_seed: int) -> Deltas:
     """alpha * P_SE + beta * P_OSM of every weight matrix; mask_seed is not read."""
     check_setting(NAME, STRENGTHS, setting)
     se, osm = bundle.patch("se"), bundle.patch("osm")
-    return {
-        name: setting["alpha"] * se.delta(name) + setting["beta"] * osm.delta(name)
-        for name in se.factors
-    }
+    return whole_patches((se, setting["alpha"]), (osm, setting["beta"]))
 
 
 METHOD = Method(
