@@ -42,9 +42,10 @@ from spkit.examples import EvalPrompt, HarmfulPair
 from spkit.importance_summary import ImportanceSummary
 from spkit.lazy import BitSets
 from spkit.machine import hardware, versions
-from spkit.memory import predict, shape_of
+from spkit.memory import predict
 from spkit.notebook import make_deterministic
 from spkit.scoring import score_and_save
+from spkit.shape import shape_of
 from spkit.utility.likelihood import MAX_TOKENS, perplexity
 from spkit.validation import read_yaml
 
@@ -173,7 +174,7 @@ def stage_evaluation(config: Config, folder: Path) -> None:
     )
     tokens = config.data.max_tokens
     prompts = [
-        EvalPrompt(str(i), prompt_text(tokenizer, tokens, i), "harmful", "seen", "any", "plain")
+        EvalPrompt(str(i), prompt_text(tokenizer, tokens, i), "harmful", "seen", "any", "plain", "")
         for i in range(config.evaluation.batch_size)
     ]
     texts = [" ".join(random_checkpoint.WORDS * 8)] * config.utility.batch_size

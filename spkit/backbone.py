@@ -9,6 +9,7 @@ or render chats (chat.py). It runs no code from a checkpoint and reads no pickle
 """
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import nn
 
 from spkit.deltas import LowRankDelta, SparseDelta
 from spkit.errors import SpkitError
+from spkit.out_of_memory import explained
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUANTIZATIONS = ("none", "nf4")
@@ -67,6 +69,11 @@ def read_model(
     from transformers import BitsAndBytesConfig
 
     source = _check_source(source)
+    if revision is None and not Path(source).is_dir():
+        warnings.warn(
+            f"{source} is loaded in its latest revision, which may change: pin one to repeat a run",
+            stacklevel=2,
+        )
     options = {"dtype": DTYPES[dtype], "device_map": {"": device}}
     if quantization == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
@@ -75,15 +82,17 @@ def read_model(
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=DTYPES[dtype],
         )
+    lower = {"quantization": quantization} if quantization == "none" else {}
     try:
-        model, report = auto_class.from_pretrained(
-            source,
-            revision=revision,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **options,
-        )
+        with explained(f"loading {source}", lower):
+            model, report = auto_class.from_pretrained(
+                source,
+                revision=revision,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **options,
+            )
     except (OSError, ValueError, ImportError) as error:
         raise SpkitError(f"No model can be loaded from {source!r}: {_first_line(error)}") from error
     if report["missing_keys"]:

@@ -177,7 +177,9 @@ def _encode_answer(tokenizer, prompt: str, response: str, question: list[int]) -
     """The ids that the assistant should say: the response and the end of its turn."""
     turns = [*messages(tokenizer, prompt), {"role": "assistant", "content": response}]
     whole = _render(tokenizer, turns, add_generation_prompt=False)
-    special = set(tokenizer.all_special_ids)
+    # a token may be special without being one of the named ones (eos, ...), as LLaMA-3's <|eot_id|>
+    added = tokenizer.added_tokens_decoder.items()
+    special = {*tokenizer.all_special_ids, *(index for index, token in added if token.special)}
     if whole[: len(question)] == question and len(whole) > len(question):
         answer = whole[len(question) :]
         # some templates write a line break after the end of the turn: nobody ever generates it

@@ -259,7 +259,7 @@ def train_lora(
             "derivation.gradient_checkpointing": config.gradient_checkpointing,
         }
         bar = {"total": settings.max_steps, "initial": loop.step, "desc": direction, "unit": "step"}
-        with explained(f"the {direction}", lower), tqdm(**bar) as progress:
+        with explained(f"deriving by {direction}", lower), tqdm(**bar) as progress:
             batches = _endless(encoded, settings.batch_size, seed, loop.step)
             for indices in () if loop.reason else batches:
                 optimizer.zero_grad()

@@ -28,6 +28,7 @@ from spkit.chat import encode_prompt
 from spkit.config import Config
 from spkit.errors import SpkitError
 from spkit.examples import EvalPrompt
+from spkit.out_of_memory import explained
 
 # what an answer can count as. The sandbox knows four of them: harmful, refusal, correct, broken
 VERDICTS = (
@@ -207,13 +208,18 @@ def respond(
         if store is not None:
             files.begin(store, header, kept)
         label = f"answers of {name}"
-        for batch in _answered(model, tokenizer, batches, max_new_tokens, label, done):
-            answers |= batch
-            if store is not None:
-                rows = [
-                    {"row": i, "id": prompts[i].id, "response": text} for i, text in batch.items()
-                ]
-                files.append(store, rows)
+        lower = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+        with explained(
+            f"generating the {label}", {f"evaluation.{key}": value for key, value in lower.items()}
+        ):
+            for batch in _answered(model, tokenizer, batches, max_new_tokens, label, done):
+                answers |= batch
+                if store is not None:
+                    rows = [
+                        {"row": i, "id": prompts[i].id, "response": said}
+                        for i, said in batch.items()
+                    ]
+                    files.append(store, rows)
     rows = [
         {
             "model": name,

@@ -16,13 +16,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pandas as pd
-import torch
 
-from spkit.backbone import DTYPES, resolve_device, resolve_dtype
+from spkit.backbone import DTYPES
 from spkit.config import Config
-from spkit.machine import free_memory
 from spkit.scoring import SHARE_OF_FREE_MEMORY
-from spkit.shape import Matrix, Shape, shape_of
+from spkit.shape import Matrix, Shape
 
 GIB = 2**30
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight, with double quantisation

@@ -54,7 +54,7 @@ _CODE = (
     *("backbone.py", "chat.py", "data.py", "examples.py", "plots.py"),
     *("readers/*.py", "sandbox/**/*"),
 )
-_JUDGE = ("evaluation.py", "judges/*.py", "utility/*.py")
+_JUDGE = ("evaluation.py", "store.py", "judges/*.py", "utility/*.py")
 _DERIVE = (*_CODE, "derivation.py", "resume.py")
 _SCORE = (
     *(*_DERIVE, "importance.py", "scoring.py", "importance_summary.py"),
@@ -155,6 +155,12 @@ def _input_files(config: Config, sections: tuple[str, ...]) -> Iterator[tuple[st
             yield "data.wrappers", _digest([wrappers_file(data.wrappers)])
     if "utility" in sections:
         named["utility.perplexity"] = config.utility.perplexity
+        tasks, questions = config.utility.include_path, config.utility.mt_bench.prompts
+        if tasks is not None and Path(tasks).is_dir():
+            files = sorted(p for p in Path(tasks).rglob("*") if p.is_file())
+            yield "utility.include_path", _digest(files)
+        if questions is not None and Path(questions).is_file():
+            yield "utility.mt_bench.prompts", _digest([Path(questions)])
     for key, names in named.items():
         names = [names] if isinstance(names, str) else names
         sources = [resolve(data, name, key) for name in names if name != "sandbox"]
@@ -355,6 +361,6 @@ class Run:
             path.touch()
         path = self.save_json("record.json", record)
         self.push()
-        peaks = ", ".join(f"{x / 2**10:.2f} GiB ({k})" for k, x in record["peak_memory_mib"].items())
-        print(f"{self.stage} took {record['seconds']:.0f} s and at most {peaks}")
+        peaks = [f"{x / 2**10:.2f} GiB ({k})" for k, x in record["peak_memory_mib"].items()]
+        print(f"{self.stage} took {record['seconds']:.0f} s and at most {', '.join(peaks)}")
         return path

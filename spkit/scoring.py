@@ -179,8 +179,7 @@ def calibration_batches(
     size = len(chosen) if at_once else config.batch_size
     encoded = [encode_pair(tokenizer, p.prompt, p.response, loss_on, max_tokens) for p in chosen]
     return [
-        collate(encoded[i : i + size], tokenizer.pad_token_id)
-        for i in range(0, len(encoded), size)
+        collate(encoded[i : i + size], tokenizer.pad_token_id) for i in range(0, len(encoded), size)
     ]
 
 
