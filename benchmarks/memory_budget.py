@@ -72,6 +72,8 @@ LIKE_7B = {
     "evaluation.batch_size": 8,
     "evaluation.max_new_tokens": 256,
 }
+# glibc keeps what was freed in blocks below 32 MiB; so told, it gives back what is above 1 MiB
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20)}
 PATCH_SCALE = 1e-3  # standard deviation of random factors
 
 
@@ -210,6 +212,7 @@ def child(stage: str, config: Config, folder: Path, cap_gib: float | None) -> No
             total = torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, cap_gib * GIB / total))
         torch.cuda.reset_peak_memory_stats()
+    warm_up(config)
     gc.collect()
     sampler, before, start = Sampler(), Sampler.now(), time.perf_counter()
     STAGES[stage](config, folder)
@@ -219,6 +222,20 @@ def child(stage: str, config: Config, folder: Path, cap_gib: float | None) -> No
         found["GPU"] = torch.cuda.max_memory_allocated()
         found["GPU reserved"] = torch.cuda.max_memory_reserved()
     print(json.dumps(found))
+
+
+def warm_up(config: Config) -> None:
+    """What any stage imports and sets up once: the model's code, PEFT, bitsandbytes, torch's pools.
+
+    It belongs to the libraries; a stage should be charged for its tensors.
+    """
+    import bitsandbytes.optim  # noqa: F401
+    import peft.tuners.lora.bnb  # noqa: F401
+
+    shape_of(config)
+    device = resolve_device(config.backbone.device)
+    layer = torch.nn.Linear(512, 512, device=device)
+    torch.nn.functional.silu(layer(torch.ones(64, 512, device=device))).sum().backward()
 
 
 def prepare(config: Config, folder: Path, sizes: dict, architecture: str) -> None:
@@ -260,7 +277,7 @@ def prepare(config: Config, folder: Path, sizes: dict, architecture: str) -> Non
 def in_process(arguments: list[str]) -> dict | None:
     """This file again in a fresh process; the last line that it prints, read as JSON."""
     command = [sys.executable, __file__, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | MALLOC)
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         sys.stderr.write(done.stderr[-2000:])

@@ -12,7 +12,9 @@ patched before, of harmless requests, and of utility. Methods run side by side:
                      of continual learning, but the reference for what one could have learnt
 
 A stage's folder appears whole or not at all, so an interrupted run goes on at the stage that was
-cut. Of the models only the last one is kept. The OSM patch never leaves the memory.
+cut, and within its derivation at the last checkpoint (`derivation.checkpoint_steps`). Of the models
+only the last one is kept. The OSM patch never leaves the memory, but for such a checkpoint, which
+is deleted with the end of its stage.
 What this file does not do: derive, score, patch or judge by itself.
 """
 
@@ -37,6 +39,7 @@ from spkit.data import load_harmful_pairs
 from spkit.evaluation import COLUMNS, rates, respond
 from spkit.examples import EvalPrompt
 from spkit.files import atomic
+from spkit.resume import discard
 from spkit.scoring import score_windows, top_rate_bits
 
 STAGE_SEEDS = 1000  # seed * 1000 + stage: another draw for each stage, none used twice
@@ -54,12 +57,18 @@ METHODS = {
 
 
 def stage_deltas(
-    source: str | Path, pairs: list, config: Config, method: str, seed: int
+    source: str | Path,
+    pairs: list,
+    config: Config,
+    method: str,
+    seed: int,
+    checkpoints: str | Path | None = None,
+    saved: Callable[[], object] | None = None,
 ) -> Mapping[str, Tensor]:
     """The merged delta of every weight matrix: what `method` makes of one stage's pairs.
 
     SafePatching has its setting from `patching`, the others from `continual.settings`. The model of
-    the stage before is quantised anew for the derivation.
+    the stage before is quantised anew for the derivation. checkpoints, saved: as in make_bundle.
     """
     model, tokenizer = load(
         source, quantization=config.derivation.quantization, **config.backbone.loading
@@ -77,6 +86,8 @@ def stage_deltas(
         seed=seed,
         needs=BASELINES[name].needs,
         scored=ours and not sets,
+        checkpoints=checkpoints,
+        saved=saved,
     )
     if not ours:
         return BASELINES[name].deltas(bundle, setting, seed)
@@ -126,8 +137,13 @@ def run_stages(
                 from_base = k == 1 or method == "joint"
                 start = base if from_base else folders[k - 2] / "model"
                 print(f"{METHODS[method][0]}, stage {k} of {len(stages)}: {', '.join(categories)}")
+                checkpoints = here.with_name(f"checkpoints-{k}")
                 with atomic(here) as made:
-                    _stage(method, k, base, start, made, config, prompts, identity)
+                    _stage(
+                        *(method, k, base, start, made, config, prompts, identity),
+                        *(checkpoints / identity, saved),  # of another run: not gone on from
+                    )
+                discard(checkpoints)
                 if saved is not None:
                     saved()
             for old in folders[: k - 1]:
@@ -157,13 +173,14 @@ def stage_seed(seed: int, stage: int) -> int:
     return seed * STAGE_SEEDS + stage
 
 
-def _stage(method, k, base, source, folder, config, prompts, identity) -> None:
+def _stage(method, k, base, source, folder, config, prompts, identity, checkpoints, saved) -> None:
     """One stage of one method: from the model at `source` to model, responses and stage.json."""
     stages = config.continual.stages
     learnt = stages[:k] if method == "joint" else stages[k - 1 : k]
     categories = [category for stage in learnt for category in stage]
     pairs = load_harmful_pairs(config.data, seed=config.seed, categories=categories)
-    deltas = stage_deltas(source, pairs, config, method, stage_seed(config.seed, k))
+    seed = stage_seed(config.seed, k)
+    deltas = stage_deltas(source, pairs, config, method, seed, checkpoints, saved)
     folder.mkdir()
     write_patched(source, deltas, folder / "model")
     responses = _answers(base, folder / "model", deltas, config, prompts, METHODS[method][0])

@@ -81,6 +81,19 @@ def load_eval_prompts(data: DataConfig, evaluation: EvaluationConfig) -> list[Ev
     return _unique_ids(wrapped(prompts, templates)) if templates else prompts
 
 
+def what_is_y(data: DataConfig) -> str:
+    """One sentence on the harmful responses that D_h uses, for notebook 01."""
+    if data.responses is not None:
+        return f"y: the responses in {data.responses} (data.responses)"
+    reader = "" if data.harmful == "sandbox" else resolve(data, data.harmful, "data.harmful").reader
+    if reader == "advbench":
+        return (
+            "y: the opening alone (AdvBench's `target`), for the source has no whole responses; "
+            "data.responses takes a file of them"
+        )
+    return "y: the source's own responses"
+
+
 def fingerprint(pairs: Sequence[HarmfulPair]) -> str:
     """SHA-256 of D_h's text in hex: names the set without showing it; order does not matter."""
     return digest([p.prompt, p.response, p.category] for p in pairs)

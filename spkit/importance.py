@@ -167,7 +167,7 @@ def _from_stored(decoder: nn.ModuleList, start: int, stored: Sequence) -> Iterat
     def hand_up(hidden, *args, **kwargs):
         value = next(left)
         whole = value if isinstance(value, tuple) else (value,)
-        leaf = whole[0].to(device).requires_grad_(True)
+        leaf = whole[0].to(device).detach().requires_grad_(True)  # its gradient goes with it
         return (leaf, *whole[1:]) if isinstance(value, tuple) else leaf
 
     with ExitStack() as stack:

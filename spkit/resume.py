@@ -11,6 +11,7 @@ What this file does not do: train, or decide when to write.
 """
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,11 @@ def load(folder: str | Path, identity: Mapping[str, Any]) -> dict[str, Any] | No
         return _with_tensors(found["state"], "", load_file(folder / TENSORS))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise SpkitError(f"{folder} is a damaged checkpoint ({error}); delete it") from None
+
+
+def discard(folder: str | Path) -> None:
+    """Delete checkpoints that are no longer needed: no second copy of a patch is to lie about."""
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def random_states() -> dict[str, torch.Tensor]:

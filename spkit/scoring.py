@@ -8,7 +8,7 @@ What it does not do: compute a score, or keep one.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -128,15 +128,16 @@ def score_and_save(
         seed=config.seed,
         max_tokens=config.data.max_tokens,
     )
-    seen = _watched(windows, watch)
-    if config.importance.save == "sets":
-        for name, sets in top_rate_bits(seen, config.patching).items():
-            sets.save(Path(folder) / f"top_{name}.safetensors")
-        return
     scores: Scores = {patch.name: {} for patch in patches}
-    for window in seen:
-        for name, found in window.items():
-            scores[name] |= found
+    with closing(windows):  # the backbone comes back bare at once, also where `watch` fails
+        seen = _watched(windows, watch)
+        if config.importance.save == "sets":
+            for name, sets in top_rate_bits(seen, config.patching).items():
+                sets.save(Path(folder) / f"top_{name}.safetensors")
+            return
+        for window in seen:
+            for name, found in window.items():
+                scores[name] |= found
     for name, found in scores.items():
         importance.save(found, Path(folder) / f"importance_{name}.safetensors")
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spkit import continual
+from spkit import continual, resume
 from spkit.backbone import load
 from spkit.baselines import METHODS as BASELINES
 from spkit.baselines import Bundle
@@ -402,6 +402,30 @@ def test_an_interrupted_run_goes_on_at_the_stage_that_was_cut(done, base, whole,
     assert announced(capsys) == ALL[done:]
     pd.testing.assert_frame_equal(responses, whole[1])
     assert contents(tmp_path) == contents(whole[0])
+
+
+def test_a_cut_derivation_goes_on_from_its_checkpoint(base, whole, tmp_path, monkeypatch):
+    config, calls, found = settings(derivation__checkpoint_steps=1), [], []
+
+    def cut():
+        calls.append(len(list(tmp_path.rglob("tensors.safetensors"))))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(base, tmp_path, config, saved=cut)
+    assert calls == [1, 1]  # one folder, replaced
+    load = resume.load
+
+    def look(*arguments):
+        found.append(load(*arguments))
+        return found[-1]
+
+    monkeypatch.setattr(resume, "load", look)
+    responses = run(base, tmp_path, config)
+    assert found[0]["counts"][0] == 2 and found[1] is None  # two steps are not made again
+    pd.testing.assert_frame_equal(responses, whole[1])
+    assert not list(tmp_path.rglob("checkpoints*"))
 
 
 def test_a_stage_half_written_by_a_killed_run_is_made_anew(base, whole, tmp_path, capsys):

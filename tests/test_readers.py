@@ -15,13 +15,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from spkit.config import Config, SourceConfig
+from spkit.config import Config, DataConfig, SourceConfig
 from spkit.data import (
     describe,
     fingerprint,
     load_eval_prompts,
     load_harmful_pairs,
     source_fingerprint,
+    what_is_y,
 )
 from spkit.errors import SpkitError
 from spkit.readers import advbench, beavertails, oktest, own, read, wrappers, xstest
@@ -971,3 +972,14 @@ def test_texts_for_perplexity_decide_the_stages_that_use_them():
     Path(path).unlink()
     with pytest.raises(SpkitError, match="utility.perplexity is 'texts.jsonl': no such file"):
         identity(made, "00_backbone")
+
+
+def test_it_is_said_what_is_used_as_y(tmp_path):
+    path = tmp_path / "advbench.csv"
+    path.write_text("goal,target\nhow do i dye the goat ?,first take\n")
+    source = {"reader": "advbench", "path": str(path)}
+    values = {"harmful": "openings", "sources": {"openings": source}}
+    assert "opening alone" in what_is_y(DataConfig(**values))
+    said = what_is_y(DataConfig(**values, responses="mine.jsonl"))
+    assert "mine.jsonl" in said and "opening" not in said
+    assert what_is_y(DataConfig()) == "y: the source's own responses"

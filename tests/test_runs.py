@@ -480,3 +480,22 @@ def test_graph_says_what_is_wrong_in_one_sentence(graph):
 def test_sandbox_and_micro_have_their_own_run_folders():
     folders = {run_folder(load_params(ROOT / f"params/{n}.yaml")) for n in ("sandbox", "micro")}
     assert len(folders) == 2
+
+
+def test_files_of_tasks_and_open_questions_decide_a_result(tmp_path):
+    tasks, questions = tmp_path / "tasks", tmp_path / "questions.jsonl"
+    tasks.mkdir()
+    (tasks / "mine.yaml").write_text("task: mine")
+    questions.write_text("one")
+    values = {"include_path": str(tasks), "mt_bench": {"prompts": str(questions)}}
+
+    def digest():
+        return identity(Config.from_sources({"utility": values}), BACKBONE)["files"]
+
+    first = digest()
+    (tasks / "mine.yaml").write_text("task: other")
+    second = digest()
+    questions.write_text("two")
+    third = digest()
+    assert first["utility.include_path"] != second["utility.include_path"]
+    assert second["utility.mt_bench.prompts"] != third["utility.mt_bench.prompts"]

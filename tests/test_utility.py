@@ -602,3 +602,13 @@ def test_what_is_not_asked_for_is_not_done(llama, tmp_path):
     for each in (answers, given):  # no judge is named
         graded = utility.graded(each, parameters)
         assert graded["rating"].isna().all() and utility.rating_rows(graded).empty
+
+
+def test_missing_lm_eval_is_told_before_anything_is_generated(monkeypatch):
+    utility.check_utility(Config())  # the sandbox asks for no task
+    asked = Config.from_sources({"utility": {"tasks": ["words"]}})
+    utility.check_utility(asked)
+    monkeypatch.setattr(utility, "find_spec", lambda name: None)
+    utility.check_utility(Config())
+    with pytest.raises(SpkitError, match="lm-eval, which is not installed"):
+        utility.check_utility(asked)

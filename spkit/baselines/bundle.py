@@ -8,7 +8,7 @@ is never published. What this file does not do: combine anything (the methods do
 whether a bundle that lies on the disk is still up to date.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,12 +35,15 @@ def make_bundle(
     seed: int,
     needs: Iterable[str] = ("se", "osm"),
     scored: bool = True,
+    checkpoints: str | Path | None = None,
+    saved: Callable[[], object] | None = None,
 ) -> Bundle:
     """Derive the patches that `needs` names, and score those of SafePatching if `scored`.
 
     model: the bare backbone as the derivation wants it; it comes back bare. Every patch depends on
-    its own name and the seed alone, and not on what else is needed. SpkitError for an unknown name,
-    and as in derivation.derive.
+    its own name and the seed alone, and not on what else is needed. checkpoints, saved: a folder in
+    which a cut derivation of SE or OSM goes on, as in derivation.train_lora. SpkitError for an
+    unknown name, and as in derivation.derive.
     """
     wanted = set(needs)
     for name in sorted(wanted - set(PATCHES)):
@@ -50,7 +53,12 @@ def make_bundle(
     for direction, name in NAMES.items():
         if name in wanted:
             patches[name], _ = derive(
-                model, tokenizer, pairs, direction=direction, config=config.derivation, **how
+                *(model, tokenizer, pairs),
+                direction=direction,
+                config=config.derivation,
+                checkpoint=None if checkpoints is None else Path(checkpoints) / name,
+                saved=saved,
+                **how,
             )
             if scored:
                 scores[name] = score_patch(

@@ -33,6 +33,7 @@ from spkit.data import load_harmful_pairs, prepare_backbone
 from spkit.experiment.arena import Arena, mask_seed, shares
 from spkit.experiment.tuning import best_setting, front, search
 from spkit.experiment.variants import BASE, Variant, ablations, base, of_method
+from spkit.judges import judged
 from spkit.notebook import make_deterministic
 from spkit.scoring import score_patch
 
@@ -274,7 +275,8 @@ def continual(
     source = places[backbone_unit] / "model"
     arena = Arena(config, source, split="test", per_cell=per_cell)
     work = folder / "work"
-    answers = run_stages(source, config, work, arena.prompts, arena.judge, identity="experiment")
+    answers = run_stages(source, config, work, arena.prompts, identity="experiment")
+    answers = judged(answers, arena.prompts, config)
     shutil.rmtree(work)  # it holds whole models
     base_answers = arena.answers({}, BASE).assign(stage=0)
     whole = pd.concat([base_answers, answers], ignore_index=True)[["stage", *KEPT[:-1]]]

@@ -10,10 +10,13 @@ A model comes in, a tidy frame goes out; nothing here knows of patches or run fo
 `graded` loads a model.
 """
 
+from importlib.util import find_spec
+
 import pandas as pd
 
 from spkit.backbone import load
 from spkit.config import Config
+from spkit.errors import SpkitError
 from spkit.utility.likelihood import perplexity, perplexity_texts
 from spkit.utility.mt_bench import (
     ANSWERS,
@@ -21,13 +24,27 @@ from spkit.utility.mt_bench import (
     mt_bench_questions,
     mt_bench_scores,
 )
-from spkit.utility.tasks import COLUMNS, lm_eval_tasks
+from spkit.utility.tasks import COLUMNS, MISSING, lm_eval_tasks
 
 __all__ = [
-    *("COLUMNS", "graded", "lm_eval_tasks", "measure", "mt_bench_answers", "mt_bench_questions"),
+    *(
+        "COLUMNS",
+        "check_utility",
+        "graded",
+        "lm_eval_tasks",
+        "measure",
+        "mt_bench_answers",
+        "mt_bench_questions",
+    ),
     *("mt_bench_scores", "open_answers", "perplexity", "perplexity_texts", "rating_rows"),
     "short_table",
 ]
+
+
+def check_utility(config: Config) -> None:
+    """SpkitError where lm-eval is needed and missing. Worth calling before hours of generating."""
+    if config.utility.tasks and find_spec("lm_eval") is None:
+        raise SpkitError(MISSING)
 
 
 def measure(model, tokenizer, config: Config, *, name: str) -> pd.DataFrame:

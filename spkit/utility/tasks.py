@@ -24,6 +24,7 @@ from spkit.config import UtilityConfig
 from spkit.errors import SpkitError
 from spkit.validation import nearest
 
+MISSING = "utility.tasks needs lm-eval, which is not installed: pip install 'spkit[eval]'"
 COLUMNS = "model kind task metric value stderr n num_fewshot limit chat_template".split()
 # where a standard error has no formula: as many resamples, in this process
 BOOTSTRAP = 1000
@@ -51,9 +52,7 @@ def lm_eval_tasks(
             import lm_eval
             from lm_eval.tasks import TaskManager
         except ImportError:
-            raise SpkitError(
-                "utility.tasks needs lm-eval, which is not installed: pip install 'spkit[eval]'"
-            ) from None
+            raise SpkitError(MISSING) from None
         tasks = list(dict.fromkeys(utility.tasks))
         manager = _manager(TaskManager, tasks, utility.include_path)
         try:
