@@ -72,8 +72,8 @@ LIKE_7B = {
     "evaluation.batch_size": 8,
     "evaluation.max_new_tokens": 256,
 }
-# glibc keeps what was freed in blocks below 32 MiB; so told, it gives back what is above 1 MiB
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20)}
+# glibc keeps what was freed in blocks below 32 MiB; so told, it gives back what is above 64 KiB
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_TRIM_THRESHOLD_": str(2**16)}
 PATCH_SCALE = 1e-3  # standard deviation of random factors
 
 
@@ -121,9 +121,7 @@ def pairs_for(config: Config, tokenizer) -> list[HarmfulPair]:
 
 
 def stage_load(config: Config, folder: Path) -> None:
-    load(
-        folder / "model", quantization=config.derivation.quantization, **config.backbone.loading
-    )
+    load(folder / "model", quantization=config.derivation.quantization, **config.backbone.loading)
 
 
 def stage_derivation(config: Config, folder: Path) -> None:
@@ -199,7 +197,7 @@ STAGES = {
 }
 
 
-# ---- a stage in a process of its own --------------------------------------------------------------
+# ---- a stage in a process of its own ------------------------------------------------------------
 
 
 def child(stage: str, config: Config, folder: Path, cap_gib: float | None) -> None:
@@ -299,6 +297,7 @@ def few(config: Config, new_tokens: int) -> Config:
     values["derivation"]["ascent"] |= steps | ascent
     values["importance"]["samples"] = 2 * config.importance.batch_size
     values["evaluation"]["max_new_tokens"] = min(new_tokens, config.evaluation.max_new_tokens)
+    values["utility"]["perplexity"] = "texts"  # of MAX_TOKENS tokens, unlike the sandbox's
     if config.importance.layers_per_pass == "auto":
         values["importance"]["layers_per_pass"] = 2
     return Config.from_sources(values)

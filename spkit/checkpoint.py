@@ -36,7 +36,7 @@ CHUNK = 16 * 2**20  # bytes copied at once
 
 @dataclass(frozen=True)
 class Written:
-    """What became of the deltas: how many weights moved, and how many deltas were lost.
+    """What became of the deltas: how many weights have a delta, and how many were lost.
 
     lost: non-zero deltas that change nothing in the checkpoint's dtype.
     """
@@ -85,6 +85,8 @@ def write_patched(source: str | Path, deltas: Mapping[str, Tensor], folder: str 
     shape, a dtype that is no float, or a sum that is not finite.
     """
     source = Path(source)
+    if Path(folder).resolve() == source.resolve():
+        raise SpkitError(f"The patched checkpoint would replace its own backbone, {source}.")
     files = tensor_files(source)
     for name in deltas:
         if name not in files:

@@ -21,6 +21,7 @@ What this file does not do: derive, score, patch or judge by itself.
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import pandas as pd
@@ -94,8 +95,9 @@ def stage_deltas(
     se, osm = bundle.patches["se"], bundle.patches["osm"]
     how = {"seed": seed, "max_tokens": config.data.max_tokens}
     if sets:
-        windows = score_windows(model, tokenizer, [se, osm], pairs, config.importance, **how)
-        tops = top_rate_bits(windows, patching)
+        scored = score_windows(model, tokenizer, [se, osm], pairs, config.importance, **how)
+        with closing(scored) as windows:
+            tops = top_rate_bits(windows, patching)
         variants = Variants(se, osm, None, None, patching, seed, (tops["se"], tops["osm"]))
     else:
         variants = Variants(se, osm, bundle.scores["se"], bundle.scores["osm"], patching, seed)
@@ -192,20 +194,21 @@ def _stage(method, k, base, source, folder, config, prompts, identity, checkpoin
 def _answers(base, model_folder, deltas, config, prompts, name) -> pd.DataFrame:
     """What the model of one stage answers, in full precision or as the 4-bit backbone + delta.
 
-    In 4 bits the *first* backbone carries all that has changed since: quantised again, the patches
-    of earlier stages could vanish.
+    In 4 bits the *first* backbone carries all that has changed since: quantised again, the sparse
+    patches of earlier stages could vanish. A method that keeps whole patches (GA, NPO, the plain
+    sum) changes every weight, which is no sparse delta: its model is quantised anew.
     """
     settings = {
         "name": name,
         "max_new_tokens": config.evaluation.max_new_tokens,
         "batch_size": config.evaluation.batch_size,
     }
-    if config.evaluation.quantization == "none":
-        model, tokenizer = load(model_folder, **config.backbone.loading)
-        return respond(model, tokenizer, prompts, **settings)
-    model, tokenizer = load(
-        base, quantization=config.evaluation.quantization, **config.backbone.loading
-    )
+    quantization = config.evaluation.quantization
+    whole = getattr(deltas, "factors", lambda name: None)(next(iter(deltas))) is not None
+    if quantization == "none" or whole:
+        loaded = load(model_folder, quantization=quantization, **config.backbone.loading)
+        return respond(*loaded, prompts, **settings)
+    model, tokenizer = load(base, quantization=quantization, **config.backbone.loading)
     with patched(model, difference(base, model_folder, deltas)):
         return respond(model, tokenizer, prompts, **settings)
 

@@ -498,3 +498,10 @@ def test_what_is_fetched_from_the_hub(monkeypatch, tmp_path):
     assert local_folder("some/model", "abc") == tmp_path
     assert asked == [("some/model", "abc")]
     assert contents(tmp_path) == ["config.json", "model.safetensors", "tokenizer.model"]
+
+
+def test_a_checkpoint_never_replaces_its_own_backbone(tmp_path):
+    source = tiny.save(tmp_path / "model")
+    with pytest.raises(SpkitError, match="would replace its own backbone"):
+        write_patched(source, {}, tmp_path / "other" / ".." / "model")
+    assert (source / "model.safetensors").is_file()
