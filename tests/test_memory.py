@@ -141,7 +141,7 @@ def test_the_sandbox_fits(stage, capsys):
 
 def test_what_does_not_fit_says_what_to_lower(tmp_path, monkeypatch, capsys):
     folder = tiny.save(tmp_path / "model")
-    monkeypatch.setattr("spkit.memory.free_memory", lambda device: 2**20)
+    monkeypatch.setattr("spkit.memory.available", lambda device: {"host GiB": 0.001})
     changes = {"backbone__source": str(folder), "backbone__revision": None}
     needs(config(**changes, backbone__device="cpu"), "01_patch_derivation")
     said = capsys.readouterr().out
