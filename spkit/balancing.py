@@ -51,8 +51,8 @@ def first_token_losses(
 
     model: the bare backbone, in full precision or NF4; it is as before after each call.
     config, seed: the calibration pairs are those of the importances (scoring.py). They are asked in
-    one batch where they fit into AT_ONCE tokens: how they are batched decides the last bits of a
-    loss, and where two patches are in balance these decide what is found.
+    one batch where they fit into AT_ONCE tokens, so that the last bits of a loss do not depend
+    on `importance.batch_size`.
     """
     how = {"seed": seed, "max_tokens": max_tokens}
     batches = calibration_batches(tokenizer, pairs, config, **how, at_once=True)
