@@ -41,7 +41,7 @@ from spkit.evaluation import respond
 from spkit.examples import EvalPrompt, HarmfulPair
 from spkit.importance_summary import ImportanceSummary
 from spkit.lazy import BitSets
-from spkit.machine import hardware, versions
+from spkit.machine import hardware, own_memory, versions
 from spkit.memory import predict
 from spkit.notebook import make_deterministic
 from spkit.scoring import score_and_save
@@ -85,20 +85,12 @@ class Sampler:
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
-    @staticmethod
-    def now() -> int:
-        total = 0
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(("RssAnon:", "RssShmem:")):
-                total += int(line.split()[1]) * 2**10
-        return total
-
     def _watch(self) -> None:
         while not self._stop.wait(self._every):
-            self.peak = max(self.peak, self.now())
+            self.peak = max(self.peak, own_memory())
 
     def restart(self) -> None:
-        self.peak = self.now()
+        self.peak = own_memory()
 
 
 # ---- what a stage does: the notebooks' cells, with few of everything ----------------------------
@@ -212,7 +204,7 @@ def child(stage: str, config: Config, folder: Path, cap_gib: float | None) -> No
         torch.cuda.reset_peak_memory_stats()
     warm_up(config)
     gc.collect()
-    sampler, before, start = Sampler(), Sampler.now(), time.perf_counter()
+    sampler, before, start = Sampler(), own_memory(), time.perf_counter()
     STAGES[stage](config, folder)
     found = {"seconds": time.perf_counter() - start, "host": sampler.peak - before}
     found["libraries"] = before

@@ -78,7 +78,7 @@ ABLATIONS = {
 }
 
 
-class Deltas(Mapping):
+class Deltas(Lazy):
     """{tensor name: merged delta fp32 [out, in]} of one variant, computed when asked for.
 
     Reading it through holds one matrix at a time. `factors` gives the low-rank form where the
@@ -86,19 +86,8 @@ class Deltas(Mapping):
     """
 
     def __init__(self, names, compute, factors=None):
-        self._values, self._factors = Lazy(names, compute), factors
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._values[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._values  # Mapping's own would compute the delta
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
+        super().__init__(names, compute)
+        self._factors = factors
 
     def factors(self, name: str) -> LowRankDelta | None:
         """The delta as a sum of scale * B @ A, or None where only some positions are kept."""
@@ -391,10 +380,14 @@ def overlap(own: Sets, other: Sets) -> pd.DataFrame:
     frame = pd.DataFrame(rows)
     total = frame[["own", "other", "both"]].sum()
     frame.loc[len(frame)] = {"tensor": "all", "layer": -1, "module": "all", **total}
+    return with_measures(frame)
+
+
+def with_measures(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame of counts own, other, both with share and jaccard behind, 0 for empty sets."""
     either = frame["own"] + frame["other"] - frame["both"]
-    frame["share"] = (frame["both"] / frame["own"]).fillna(0.0)
-    frame["jaccard"] = (frame["both"] / either).fillna(0.0)
-    return frame
+    measures = {"share": frame["both"] / frame["own"], "jaccard": frame["both"] / either}
+    return frame.assign(**{name: values.fillna(0.0) for name, values in measures.items()})
 
 
 def place(tensor: str) -> dict[str, str | int]:

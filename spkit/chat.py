@@ -173,13 +173,20 @@ def _render(tokenizer, messages: list[dict[str, str]], *, add_generation_prompt:
     )
 
 
+def special_ids(tokenizer) -> set[int]:
+    """The ids of all special tokens, also of those without a name (eos, ...) of their own.
+
+    LLaMA-3's <|eot_id|> is one of the latter in some versions of its tokenizer.
+    """
+    added = tokenizer.added_tokens_decoder.items()
+    return {*tokenizer.all_special_ids, *(index for index, token in added if token.special)}
+
+
 def _encode_answer(tokenizer, prompt: str, response: str, question: list[int]) -> list[int]:
     """The ids that the assistant should say: the response and the end of its turn."""
     turns = [*messages(tokenizer, prompt), {"role": "assistant", "content": response}]
     whole = _render(tokenizer, turns, add_generation_prompt=False)
-    # a token may be special without being one of the named ones (eos, ...), as LLaMA-3's <|eot_id|>
-    added = tokenizer.added_tokens_decoder.items()
-    special = {*tokenizer.all_special_ids, *(index for index, token in added if token.special)}
+    special = special_ids(tokenizer)
     if whole[: len(question)] == question and len(whole) > len(question):
         answer = whole[len(question) :]
         # some templates write a line break after the end of the turn: nobody ever generates it

@@ -24,7 +24,7 @@ from statsmodels.stats.proportion import proportion_confint
 from tqdm.auto import tqdm
 
 from spkit import store as files
-from spkit.chat import encode_prompt
+from spkit.chat import encode_prompt, special_ids
 from spkit.config import Config
 from spkit.errors import SpkitError
 from spkit.examples import EvalPrompt
@@ -90,11 +90,10 @@ def end_tokens(model, tokenizer, *, chat: bool = True) -> list[int]:
 def _turn_ends(tokenizer) -> list[int]:
     """The special tokens that the chat template writes behind what the assistant says."""
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    added = tokenizer.added_tokens_decoder.items()
-    special = {*tokenizer.all_special_ids, *(i for i, token in added if token.special)}
+    special = special_ids(tokenizer) - {tokenizer.unk_token_id}
     ends = []
     for token in reversed(tokenizer.apply_chat_template(turns, return_dict=False)):
-        if token in special - {tokenizer.unk_token_id}:
+        if token in special:
             ends.insert(0, token)
         elif tokenizer.decode([token]).strip():
             break  # here the answer's own text ends

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from spkit.ablations import place
+from spkit.ablations import place, with_measures
 from spkit.scoring import Scores
 
 RATES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
@@ -63,12 +63,12 @@ class ImportanceSummary:
     def overlap_by_rate(self) -> pd.DataFrame:
         """Columns rate, share = both / own, jaccard = both / either, over all matrices."""
         sums = pd.DataFrame(self._counts).groupby("rate")[["own", "other", "both"]].sum()
-        return _measures(sums).reset_index()[["rate", "share", "jaccard"]]
+        return with_measures(sums).reset_index()[["rate", "share", "jaccard"]]
 
     def overlap(self, rate: float) -> pd.DataFrame:
         """The same at one of the rates, matrix by matrix: tensor, layer, module, ..., share."""
         frame = pd.DataFrame(self._counts)
-        return _measures(frame[frame["rate"] == rate].drop(columns="rate"))
+        return with_measures(frame[frame["rate"] == rate].drop(columns="rate"))
 
     def in_global_top(self, name: str, rate: float) -> pd.DataFrame:
         """How much of each matrix lies in the top `rate` of *all* weights, for one patch."""
@@ -94,9 +94,3 @@ def _floor(histogram: np.ndarray, rate: float) -> int:
     from_top = np.cumsum(histogram[::-1])
     wanted = max(1, int(rate * from_top[-1]))
     return max(1, len(histogram) - 1 - int(np.searchsorted(from_top, wanted)))
-
-
-def _measures(frame: pd.DataFrame) -> pd.DataFrame:
-    either = frame["own"] + frame["other"] - frame["both"]
-    measures = {"share": frame["both"] / frame["own"], "jaccard": frame["both"] / either}
-    return frame.assign(**{name: values.fillna(0.0) for name, values in measures.items()})

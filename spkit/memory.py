@@ -14,7 +14,6 @@ GPU nothing has been measured yet.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -23,8 +22,8 @@ from spkit.backbone import DTYPES, resolve_device
 from spkit.balancing import AT_ONCE
 from spkit.config import Config
 from spkit.errors import SpkitError
-from spkit.machine import free_memory
-from spkit.scoring import SHARE_OF_FREE_MEMORY
+from spkit.machine import free_memory, own_memory
+from spkit.scoring import layers_that_fit
 from spkit.shape import Matrix, Shape, shape_of
 
 GIB = 2**30
@@ -266,8 +265,7 @@ def _layers_per_pass(see: Sizes) -> int:
     if see.free is None:
         return 1
     left = see.free - see.backbone(see.config.derivation.quantization)
-    a_layer = 3 * FP32 * see.targeted / s.layers
-    return max(1, min(s.layers, int(SHARE_OF_FREE_MEMORY * left / a_layer)))
+    return layers_that_fit(left, see.targeted, s.layers, patches=2)
 
 
 def kept_share(config: Config, retention: float) -> float:
@@ -355,7 +353,7 @@ def notebook_04(see: Sizes) -> list[Moment]:
     c = see.config
     rates = [c]
     if "balanced" in c.continual.methods:
-        over = {k: v for k, v in c.continual.settings.get("balanced", {}).items()}
+        over = c.continual.settings.get("balanced", {})
         known = {k: v for k, v in over.items() if k in type(c.patching).model_fields}
         patching_ = c.patching.model_copy(update={**known, "balance": 1.0})
         rates.append(c.model_copy(update={"patching": patching_}))
@@ -436,12 +434,7 @@ def needs(config: Config, stage: str) -> pd.DataFrame:
 
 def available(device: str) -> dict[str, float]:
     """GiB that this process can have in all: what is free and what it holds already."""
-    own = 0
-    status = Path("/proc/self/status")
-    if status.is_file():
-        lines = status.read_text().splitlines()
-        own = sum(int(x.split()[1]) * 2**10 for x in lines if x.startswith(("RssAnon", "RssShmem")))
-    found = {"host GiB": (free_memory("cpu") + own) / GIB}
+    found = {"host GiB": (free_memory("cpu") + own_memory()) / GIB}
     if device == "cuda":  # asking has made the context, which is part of what is needed
         found["GPU GiB"] = (free_memory("cuda") + CONTEXT_BYTES) / GIB
     return found

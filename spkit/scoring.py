@@ -187,18 +187,24 @@ def calibration_batches(
 def layers_per_pass(
     model, targets: Sequence[str], config: ImportanceConfig, patches: int
 ) -> int | None:
-    """config.layers_per_pass with "auto" resolved: as many as leave room; None: all at once.
-
-    A layer takes 4 bytes a weight and patch, and once more for the product being added.
-    """
+    """config.layers_per_pass with "auto" resolved: as many as leave room; None: all at once."""
     if config.layers_per_pass != "auto":
         return config.layers_per_pass
     weights = sum(
         layer.in_features * layer.out_features for layer in target_weights(model, targets).values()
     )
     depth = len(decoder_layers(model))
-    a_layer = 4 * (patches + 1) * weights / depth
     free = free_memory(model.get_input_embeddings().weight.device)
+    return layers_that_fit(free, weights, depth, patches)
+
+
+def layers_that_fit(free: float, weights: int, depth: int, patches: int) -> int:
+    """How many of `depth` layers, with `weights` targeted ones in all, to score at once: 1 or more.
+
+    free: bytes. A layer takes 4 bytes a weight and patch, and once more for the product being
+    added.
+    """
+    a_layer = 4 * (patches + 1) * weights / depth
     return max(1, min(depth, int(SHARE_OF_FREE_MEMORY * free / a_layer)))
 
 

@@ -5,9 +5,8 @@ the category "oktest" and measure over-safety. There are no responses, so OKTest
 """
 
 from spkit.config import SourceConfig
-from spkit.errors import SpkitError
 from spkit.readers.record import Record
-from spkit.readers.rows import identifier, text, unique
+from spkit.readers.rows import identifier, text, unique, without_responses
 from spkit.readers.source import load_rows, remembered
 
 CATEGORY = "oktest"
@@ -15,10 +14,7 @@ CATEGORY = "oktest"
 
 def pairs(source: SourceConfig) -> tuple[Record, ...]:
     """SpkitError: there are none."""
-    raise SpkitError(
-        f"data.harmful: {source.path} (reader oktest) has prompts without responses, so it cannot "
-        f"be D_h; allowed readers: advbench, beavertails, own"
-    )
+    raise without_responses(source)
 
 
 @remembered

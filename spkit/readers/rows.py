@@ -7,6 +7,7 @@ cut, so that no error shows a whole text. Where the rows come from lies in `sour
 from collections.abc import Sequence
 from typing import Any
 
+from spkit.config import SourceConfig
 from spkit.errors import SpkitError
 from spkit.readers.record import Record
 
@@ -67,3 +68,11 @@ def shown(value: Any) -> str:
     """A value as an error shows it, cut at SHOWN characters."""
     said = repr(value)
     return said if len(said) <= SHOWN else f"{said[:SHOWN]}..."
+
+
+def without_responses(source: SourceConfig) -> SpkitError:
+    """The error of a reader whose data set has prompts alone, where D_h is asked for."""
+    return SpkitError(
+        f"data.harmful: {source.path} (reader {source.reader}) has prompts without responses, so "
+        f"it cannot be D_h; allowed readers: advbench, beavertails, own"
+    )

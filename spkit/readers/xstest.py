@@ -9,7 +9,7 @@ how many. There are no responses, so XSTest cannot be D_h.
 from spkit.config import SourceConfig
 from spkit.errors import SpkitError
 from spkit.readers.record import Record
-from spkit.readers.rows import choice, identifier, text, unique
+from spkit.readers.rows import choice, identifier, text, unique, without_responses
 from spkit.readers.source import load_rows, remembered
 
 CONTRAST = "contrast_"
@@ -33,10 +33,7 @@ CONTRAST_TYPES = tuple(f"{CONTRAST}{name}" for name in (*SAFE_TYPES[:5], "discr"
 
 def pairs(source: SourceConfig) -> tuple[Record, ...]:
     """SpkitError: there are none."""
-    raise SpkitError(
-        f"data.harmful: {source.path} (reader xstest) has prompts without responses, so it cannot "
-        f"be D_h; allowed readers: advbench, beavertails, own"
-    )
+    raise without_responses(source)
 
 
 @remembered
