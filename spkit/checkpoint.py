@@ -10,27 +10,23 @@ size.
 What this file does not do: make deltas (ablations.py), or load models (backbone.py).
 """
 
-import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from spkit.checkpoint_files import other_files, read_header, tensor_files
 from spkit.errors import SpkitError
 from spkit.files import atomic
 from spkit.lazy import Lazy
 from spkit.patching import add_delta
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-# weights in other formats, among them pickles: never copied
-OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".pkl"}
-WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 CHUNK = 16 * 2**20  # bytes copied at once
 
 
@@ -45,36 +41,6 @@ class Written:
     moved: int
     lost: int
     dtype: str
-
-
-def local_folder(source: str | Path, revision: str | None = None) -> Path:
-    """The folder of a checkpoint: a local one, or the hub's, downloaded into the hub's cache."""
-    if Path(source).is_dir():
-        return Path(source)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(source), revision=revision, allow_patterns=WANTED))
-    except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise SpkitError(f"The checkpoint {str(source)!r} cannot be downloaded: {first}") from None
-
-
-def tensor_files(folder: str | Path) -> dict[str, Path]:
-    """{tensor name: the file that holds it}; SpkitError for a folder without safetensors."""
-    folder = Path(folder)
-    try:
-        if (folder / INDEX).is_file():
-            names = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-            files = {name: folder / file for name, file in names.items()}
-            for path in sorted(set(files.values())):
-                path.stat()  # a shard that is missing ends here
-            return files
-        with safe_open(folder / SINGLE, framework="pt") as file:
-            return {name: folder / SINGLE for name in file.keys()}  # noqa: SIM118
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise SpkitError(f"{folder} is no checkpoint in safetensors files: {error}") from None
 
 
 def write_patched(source: str | Path, deltas: Mapping[str, Tensor], folder: str | Path) -> Written:
@@ -95,9 +61,8 @@ def write_patched(source: str | Path, deltas: Mapping[str, Tensor], folder: str 
     dtypes: set[str] = set()
     with atomic(folder) as made, tqdm(total=len(files), desc="write", unit="tensor") as progress:
         made.mkdir()
-        for path in sorted(source.iterdir()):
-            if path.is_file() and path.suffix not in {".safetensors", *OTHER_WEIGHTS}:
-                shutil.copyfile(path, made / path.name)
+        for path in other_files(source):
+            shutil.copyfile(path, made / path.name)
         for path in sorted(set(files.values())):
             with path.open("rb") as old, (made / path.name).open("wb") as new:
                 header, start = read_header(old, path)
@@ -135,32 +100,6 @@ def difference(before: str | Path, after: str | Path, names: Iterable[str]) -> M
         return values[0] - values[1]
 
     return Lazy(names, subtract)
-
-
-def read_header(file, path: Path) -> tuple[list[tuple[str, dict]], int]:
-    """([(tensor name, {dtype, shape, data_offsets})] in the order of the data, where it begins).
-
-    SpkitError unless the tensors lie one behind the other to the file's end.
-    """
-    size = path.stat().st_size
-    try:
-        length = int.from_bytes(file.read(8), "little")
-        if length > size - 8:
-            raise ValueError("the header is longer than the file")
-        header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        tensors = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-        end = 0
-        for name, about in tensors:
-            first, last = about["data_offsets"]
-            if first != end or last < first:
-                raise ValueError(f"the tensor {name!r} does not follow the one before")
-            end = last
-        if 8 + length + end != size:
-            raise ValueError(f"{size - 8 - length} bytes of data, {end} expected")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SpkitError(f"{path} is no intact safetensors file: {error}") from None
-    return tensors, 8 + length
 
 
 def _read(file, path: Path, name: str, about: Mapping) -> Tensor:

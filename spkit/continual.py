@@ -34,7 +34,8 @@ from spkit.baselines import METHODS as BASELINES
 from spkit.baselines.balanced import NAME as BALANCED
 from spkit.baselines.bundle import make_bundle
 from spkit.baselines.method import check_setting
-from spkit.checkpoint import difference, local_folder, write_patched
+from spkit.checkpoint import difference, write_patched
+from spkit.checkpoint_files import local_folder
 from spkit.config import Config
 from spkit.data import load_harmful_pairs
 from spkit.evaluation import COLUMNS, rates, respond

@@ -19,12 +19,14 @@ TEMPORARY = ".tmp-"  # followed by the final name, so that the suffix still tell
 REASONS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file would be larger than is allowed here",
     errno.EROFS: "the file system is read-only",
     errno.EACCES: "no permission to write there",
     errno.EPERM: "no permission to write there",
     errno.ENOTDIR: "a file stands where a folder should be",
     errno.EEXIST: "a file stands where a folder should be",
 }
+ADVICE = "choose another root folder with the parameter outputs, then run again"
 
 
 @contextmanager
@@ -49,7 +51,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
             _remove(aside)
         else:
             os.replace(temporary, path)
-        _sync_folder_entry(path.parent)
+        sync_folder_entry(path.parent)
     except (OSError, SafetensorError) as error:
         raise write_error(path, error) from error
     finally:
@@ -86,16 +88,13 @@ def make_folder(path: str | Path) -> Path:
     return path
 
 
-def write_error(path: Path, error: Exception) -> SpkitError:
-    """One sentence for a failed write."""
+def write_error(path: Path, error: Exception, advice: str = ADVICE) -> SpkitError:
+    """One sentence for a failed write, with what can be done besides making room."""
     code = getattr(error, "errno", None)
     if code is None and "os error 28" in str(error):  # safetensors speaks Rust
         code = errno.ENOSPC
     reason = REASONS.get(code) or getattr(error, "strerror", None) or str(error)
-    return SpkitError(
-        f"cannot write {path}: {reason}; make room or access, or choose another root folder with "
-        f"the parameter outputs, then run again"
-    )
+    return SpkitError(f"cannot write {path}: {reason}; make room or access, or {advice}")
 
 
 def _remove(path: Path) -> None:
@@ -112,7 +111,8 @@ def _sync(path: Path) -> None:
             os.fsync(handle.fileno())
 
 
-def _sync_folder_entry(folder: Path) -> None:
+def sync_folder_entry(folder: Path) -> None:
+    """Make a rename within the folder last through a power cut."""
     if os.name == "posix":  # Windows has no handle of a folder
         handle = os.open(folder, os.O_RDONLY)
         try:

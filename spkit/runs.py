@@ -60,7 +60,10 @@ _SCORE = (
     *(*_DERIVE, "importance.py", "scoring.py", "importance_summary.py"),
     *("lazy.py", "deltas.py", "patching.py", "ablations.py"),
 )
-_PATCH = (*_SCORE, "balancing.py", "checkpoint.py", *_JUDGE)
+_PATCH = (
+    *(*_SCORE, "balancing.py", "checkpoint.py", "checkpoint_files.py", "patchfile/*.py"),
+    *_JUDGE,
+)
 STAGES = {
     "00_backbone": Stage((*_MODEL, *_EVALUATION), (), (*_CODE, *_JUDGE), True),
     "01_patch_derivation": Stage((*_MODEL, "derivation"), ("00_backbone",), _DERIVE),

@@ -32,7 +32,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from spkit.checkpoint import tensor_files
+from spkit.checkpoint_files import tensor_files
 from spkit.config import load_params
 from spkit.readers.beavertails import CATEGORIES
 from spkit.runs import STAGES, run_folder

@@ -12,16 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from spkit.backbone import patched, target_weights
-from spkit.checkpoint import (
-    INDEX,
-    SINGLE,
-    Written,
-    difference,
-    local_folder,
-    read_header,
-    tensor_files,
-    write_patched,
-)
+from spkit.checkpoint import Written, difference, write_patched
+from spkit.checkpoint_files import INDEX, SINGLE, local_folder, read_header, tensor_files
 from spkit.errors import SpkitError
 from spkit.lazy import Lazy
 from spkit.patching import add_delta, retention_mask

@@ -1,0 +1,161 @@
+"""Apply a patch file to the checkpoint it was made for: a new folder, at the speed of the disk.
+
+    weight' = round(float32(weight) + value)     at the kept positions; all other bits are copied
+
+Before anything is written the whole patch is read and checked. While a tensor streams through, the
+SHA-256 of what comes in must be the one that the patch was made for, and that of what goes out the
+one that the patch promises; otherwise nothing appears under the target's name.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from spkit.checkpoint_files import local_folder, read_header, tensor_files
+from spkit.errors import SpkitError
+from spkit.patchfile import floats
+from spkit.patchfile.file import PatchFile
+from spkit.patchfile.manifest import wrong_tensor
+from spkit.patchfile.stream import stream
+
+NOT_THE_BACKBONE = (
+    "the checkpoint's weights are not those that the patch was made for (another revision, another "
+    "fine-tuning, or patched already)"
+)
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What `apply` did.
+
+    folder: the new checkpoint, None after a dry run. tensors, kept: patched matrices, and kept
+    weights in them. lost: kept deltas that change nothing in `dtype`, the dtype of the patched
+    matrices (several are joined by commas). bytes: of tensors read.
+    """
+
+    folder: str | None
+    patch: str
+    tensors: int
+    kept: int
+    lost: int
+    dtype: str
+    bytes: int
+
+
+def apply(
+    patch: str | Path,
+    backbone: str | Path,
+    target: str | Path | None,
+    *,
+    revision: str | None = None,
+    dtype: str | None = None,
+    threads: int | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Applied:
+    """Write backbone + patch to the new folder `target`; None is a dry run that writes nothing.
+
+    backbone: a local checkpoint, or a hub id with its revision. dtype: "bfloat16", "float16" or
+    "float32" for all float tensors of the target; None: as they are. threads: None chooses.
+    overwrite: replace a target that exists, as a whole and at the end.
+    Equal bit for bit to composing in memory (patching.add_delta with the patch's values).
+    SpkitError names the file and the tensor where patch and backbone do not fit, or are damaged.
+    """
+    out = None if dtype is None else short_dtype(dtype)
+    folder = local_folder(backbone, revision)
+    with PatchFile(patch) as opened:
+        matrices = opened.manifest.tensors
+        check_fit(opened, folder)
+        opened.check()
+        done = stream(
+            folder,
+            {name: partial(Patching, opened, name, out) for name in matrices},
+            target,
+            identity={"command": "apply", "patch": opened.id},
+            dtype=out,
+            threads=threads,
+            overwrite=overwrite,
+            progress=progress,
+        )
+        return Applied(
+            folder=None if target is None else str(target),
+            patch=opened.id,
+            tensors=len(matrices),
+            kept=opened.manifest.kept,
+            lost=done.count,
+            dtype=out or ", ".join(sorted({matrix.dtype for matrix in matrices.values()})),
+            bytes=done.bytes,
+        )
+
+
+class Patching:
+    """The edit of one tensor: check what comes in, patch it, check what goes out.
+
+    last: what the patch keeps in the block that was patched last.
+    """
+
+    def __init__(self, patch: PatchFile, name: str, out: str | None = None):
+        self.patch, self.name = patch, name
+        self.matrix = patch.manifest.tensors[name]
+        self.out = out or self.matrix.dtype
+        self.kept = patch.kept(name)
+        self.before, self.after, self.lost = hashlib.sha256(), hashlib.sha256(), 0
+
+    def block(self, bits: np.ndarray) -> np.ndarray:
+        self.before.update(bits)
+        self.last = kept = next(self.kept)
+        dtype = self.matrix.dtype
+        try:
+            patched, lost = kept.apply(bits[kept.positions], dtype, self.out)
+        except ValueError as error:
+            raise wrong_tensor(self.patch.path, self.name, error) from None
+        if self.out != dtype:
+            bits = floats.convert(bits, dtype, self.out)
+        bits[kept.positions] = patched
+        self.lost += lost
+        if self.out == dtype:
+            self.after.update(bits)
+        return bits
+
+    def close(self) -> int:
+        next(self.kept, None)  # behind the last block the patch's own digests are compared
+        if self.before.hexdigest() != self.matrix.before:
+            raise wrong_tensor(self.patch.path, self.name, NOT_THE_BACKBONE)
+        if self.out == self.matrix.dtype and self.after.hexdigest() != self.matrix.after:
+            what = "the result is not the one that the patch promises (a fault of the machine?)"
+            raise wrong_tensor(self.patch.path, self.name, what)
+        return self.lost
+
+
+def check_fit(patch: PatchFile, folder: str | Path) -> None:
+    """SpkitError unless the checkpoint has every patched tensor, in its shape and dtype.
+
+    Headers only are read. The weights are compared while they stream.
+    """
+    found = {}
+    for path in sorted(set(tensor_files(folder).values())):
+        with path.open("rb") as file:
+            found |= dict(read_header(file, path)[0])
+    for name, matrix in patch.manifest.tensors.items():
+        if name not in found:
+            raise SpkitError(
+                f"{patch.path} does not fit {folder}: that has no tensor {name!r}; the patch is "
+                f"for {patch.manifest.backbone.name} ({patch.manifest.backbone.architecture})"
+            )
+        have = found[name]["dtype"], list(found[name]["shape"])
+        if have != (matrix.dtype, matrix.shape):
+            raise SpkitError(
+                f"{patch.path} does not fit {folder}: the tensor {name!r} is {have[0]} {have[1]} "
+                f"there, and the patch is for {matrix.dtype} {matrix.shape}"
+            )
+
+
+def short_dtype(name: str) -> str:
+    """ "BF16" for "bfloat16"; SpkitError for what is no float dtype of a checkpoint."""
+    if name not in floats.TORCH_NAMES:
+        known = ", ".join(floats.TORCH_NAMES)
+        raise SpkitError(f"unknown dtype {name!r}, allowed: {known}")
+    return floats.TORCH_NAMES[name]

@@ -1,0 +1,448 @@
+"""Walk through a checkpoint block by block with some tensors edited, and write what comes out.
+
+    temporary folder -> shard after shard, each synced and noted in a journal -> rename
+
+In memory are a few blocks of 2 million weights, whatever the size of tensors and model. Headers and
+untouched tensors are copied as bytes. Several threads work on one shard, each on another tensor.
+
+A killed or failed run leaves the temporary folder beside the target, never the target itself; the
+same command goes on behind the last shard that the journal names. What the edits do is not known
+here (apply.py, revert.py, verify.py).
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from spkit import store
+from spkit.checkpoint_files import INDEX, About, load_json, other_files, read_header, tensor_files
+from spkit.errors import SpkitError
+from spkit.files import TEMPORARY, sync_folder_entry, write_error
+from spkit.patchfile import floats
+from spkit.patchfile.encoding import blocks
+
+JOURNAL = "spkit-journal.jsonl"
+CHUNK = 4 * 2**20  # bytes copied at once
+MOST_THREADS = 4  # more gain nothing where the disk is the limit
+
+
+class Edit(Protocol):
+    """What becomes of one tensor. `block` is called once a block, in order; then `close`."""
+
+    def block(self, bits: np.ndarray) -> np.ndarray:
+        """The bits to write for these bits of the tensor, which may be changed in place."""
+
+    def close(self) -> int:
+        """A count, to be added up over all tensors; SpkitError where the tensor was a wrong one."""
+
+
+Edits = Mapping[str, Callable[[], Edit]]  # {tensor name: makes its edit}
+Job = Callable[[], tuple[int, int]]  # returns (bytes done, the edit's count)
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """bytes: of tensors, read or copied. count: the sum of what the edits' `close` returned."""
+
+    bytes: int
+    count: int
+
+
+def stream(
+    source: str | Path,
+    edits: Edits,
+    target: str | Path | None,
+    *,
+    identity: Mapping[str, Any],
+    dtype: str | None = None,
+    threads: int | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+    label: str = "apply",
+) -> Streamed:
+    """Write `source`, edited, to the new folder `target`; None: only run the edits.
+
+    identity: what decides the result besides the source's files; a journal with another one is not
+    gone on from. dtype: of all float tensors in the target (then edits give that one's bits).
+    overwrite: whether a target that exists is replaced, in the end and as a whole.
+    SpkitError where the source is no checkpoint, where
+    an edited tensor is missing, and where the target cannot be written.
+    """
+    source = Path(source)
+    files = tensor_files(source)
+    for name in edits:
+        if name not in files:
+            raise SpkitError(f"The checkpoint {source} has no tensor {name!r}.")
+    try:
+        shards = [Shard(path, files, dtype) for path in sorted(set(files.values()))]
+    except OSError as error:
+        raise SpkitError(f"{error.filename} cannot be read: {error.strerror}") from None
+    total = sum(shard.bytes if target is not None else shard.size_of(edits) for shard in shards)
+    workers = threads or min(MOST_THREADS, os.cpu_count() or 1)
+    with tqdm(
+        total=total, desc=label, unit="B", unit_scale=True, disable=not progress, leave=False
+    ) as bar:
+        if target is None:
+            jobs = [_edited(s, name, edits, None) for s in shards for name in s.named(edits)]
+            return Streamed(total, _run(jobs, workers, bar))
+        stamps = {path.name: list(_stamp(path)) for path in sorted({*files.values()})}
+        about = {**identity, "dtype": dtype, "source": stamps}
+        size = sum(shard.new_size for shard in shards)
+        with _target(target, about, source, size, overwrite) as (made, done):
+            _copy_others(source, made, dtype, sum(s.new_size - s.new_start for s in shards))
+            with ThreadPoolExecutor(1) as syncer:  # the disk works while the next shard is made
+                synced: list[Future] = []
+                for shard in shards:
+                    name = shard.path.name
+                    if name in done:
+                        bar.update(shard.bytes)
+                    else:
+                        done[name] = _write_shard(shard, made / name, edits, dtype, workers, bar)
+                        synced.append(syncer.submit(_finish, made, name, done[name]))
+                for future in synced:
+                    future.result()
+    return Streamed(total, sum(done.values()))
+
+
+class Shard:
+    """One safetensors file: where its tensors lie, and where they will lie in the new dtype."""
+
+    def __init__(self, path: Path, files: Mapping[str, Path], dtype: str | None):
+        self.path = path
+        with path.open("rb") as file:
+            self.tensors, self.start = read_header(file, path)
+            file.seek(0)
+            self.header = file.read(self.start)
+        self.about: dict[str, About] = dict(self.tensors)
+        for name in sorted({n for n, f in files.items() if f == path} - set(self.about)):
+            raise SpkitError(f"{path} has no tensor {name!r}, which the index puts there.")
+        self.places = {name: self.start + a["data_offsets"][0] for name, a in self.tensors}
+        self.bytes = path.stat().st_size - self.start
+        self.new_header, self.new_places, self.new_size = self.header, self.places, self.bytes
+        if dtype is not None:
+            self._convert(dtype)
+        self.new_start = len(self.new_header)
+        self.new_size += self.new_start
+
+    def _convert(self, dtype: str) -> None:
+        tree = load_json(self.header[8:])
+        end = 0
+        for name, about in self.tensors:  # in the order of the data
+            size = about["data_offsets"][1] - about["data_offsets"][0]
+            new = dict(about)
+            if about["dtype"] in floats.BITS:
+                size = prod(about["shape"]) * floats.BITS[dtype].itemsize
+                new["dtype"] = dtype
+            tree[name] = new | {"data_offsets": [end, end + size]}
+            end += size
+        text = json.dumps(tree, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self.new_header = len(text).to_bytes(8, "little") + text
+        first = len(self.new_header)
+        self.new_places = {n: first + tree[n]["data_offsets"][0] for n, _ in self.tensors}
+        self.new_size = end
+
+    def named(self, names: Mapping) -> list[str]:
+        """Those of its tensors, in the order of the data."""
+        return [name for name, _ in self.tensors if name in names]
+
+    def size_of(self, names: Mapping) -> int:
+        """The bytes of those of its tensors."""
+        offsets = (self.about[name]["data_offsets"] for name in self.named(names))
+        return sum(last - first for first, last in offsets)
+
+
+# ---- one shard -----------------------------------------------------------------------------------
+
+
+def _write_shard(shard: Shard, made: Path, edits: Edits, dtype, workers: int, bar) -> int:
+    made.unlink(missing_ok=True)  # of a run that was cut in it
+    with made.open("xb") as file:
+        file.write(shard.new_header)
+        _reserve(file, shard.new_size)
+    jobs: list[Job] = []
+    edits = dict(edits)
+    if dtype is not None:
+        for name, about in shard.tensors:
+            if name not in edits and about["dtype"] in floats.BITS and about["dtype"] != dtype:
+                edits[name] = lambda a=about, n=name: Convert(a["dtype"], dtype, shard.path, n)
+    for first, last, new in _untouched(shard, edits):
+        jobs.append(lambda f=first, n=last - first, to=new: _copy(shard.path, made, f, to, n))
+    for name in shard.named(edits):
+        jobs.append(_edited(shard, name, edits, made))
+    return _run(jobs, workers, bar)
+
+
+def _edited(shard: Shard, name: str, edits: Edits, made: Path | None) -> Job:
+    """A job: one tensor through its edit, block by block."""
+
+    def job() -> tuple[int, int]:
+        about = shard.about[name]
+        if about["dtype"] not in floats.BITS:
+            known = ", ".join(floats.BITS)
+            what = f"{shard.path}: {name!r} is {about['dtype']}; a patch needs one of {known}."
+            raise SpkitError(what)
+        edit, width = edits[name](), floats.BITS[about["dtype"]]
+        new = made.open("r+b", buffering=0) if made else None
+        try:
+            with shard.path.open("rb", buffering=0) as old:
+                old.seek(shard.places[name])
+                if new:
+                    new.seek(shard.new_places[name])
+                for _, length in blocks(prod(about["shape"])):
+                    bits = np.frombuffer(read_exactly(old, length * width.itemsize), dtype=width)
+                    bits = edit.block(bits)
+                    if new:
+                        _write_all(new, bits.view(np.uint8).data)
+            count = edit.close()
+        finally:
+            if new:
+                new.close()
+        return about["data_offsets"][1] - about["data_offsets"][0], count
+
+    return job
+
+
+class Convert:
+    """The edit of a tensor that the patch does not touch, but that gets another dtype."""
+
+    def __init__(self, dtype: str, out: str, path: Path, name: str):
+        self.dtype, self.out, self.where = dtype, out, f"{path}: {name!r}"
+
+    def block(self, bits: np.ndarray) -> np.ndarray:
+        made, values = (
+            floats.convert(bits, self.dtype, self.out),
+            floats.to_float32(bits, self.dtype),
+        )
+        if (np.isfinite(values) & ~np.isfinite(floats.to_float32(made, self.out))).any():
+            raise SpkitError(f"{self.where} has values that are too large for {self.out}.")
+        return made
+
+    def close(self) -> int:
+        return 0
+
+
+def _untouched(shard: Shard, edits: Edits) -> Iterator[tuple[int, int, int]]:
+    """(first, last, place in the new file) of the longest runs of bytes without an edit."""
+    run = None
+    for name, about in shard.tensors:
+        first, size = shard.places[name], about["data_offsets"][1] - about["data_offsets"][0]
+        if name in edits:
+            if run:
+                yield run
+            run = None
+        else:
+            begin, place = (run[0], run[2]) if run else (first, shard.new_places[name])
+            run = (begin, first + size, place)
+    if run:
+        yield run
+
+
+def _run(jobs: list[Job], workers: int, bar) -> int:
+    """Do all jobs; returns the sum of their counts.
+
+    After the first error, or Ctrl-C, those that have not begun are dropped.
+    """
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(job) for job in jobs]
+        total = 0
+        try:
+            for future in futures:
+                done, count = future.result()
+                bar.update(done)
+                total += count
+            return total
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def read_exactly(file, count: int) -> bytearray:
+    """`count` bytes; SpkitError where the file ends before."""
+    data = bytearray(count)
+    view, done = memoryview(data), 0
+    while done < count:
+        got = file.readinto(view[done:])
+        if not got:
+            raise SpkitError(f"{file.name} has become shorter while it was read.")
+        done += got
+    return data
+
+
+def _write_all(file, data) -> None:
+    view = memoryview(data)
+    while len(view):
+        view = view[file.write(view) :]
+
+
+def _copy(source: Path, made: Path, first: int, to: int, count: int) -> tuple[int, int]:
+    with source.open("rb", buffering=0) as old, made.open("r+b", buffering=0) as new:
+        old.seek(first)
+        new.seek(to)
+        for start in range(0, count, CHUNK):
+            _write_all(new, read_exactly(old, min(CHUNK, count - start)))
+    return count, 0
+
+
+def _reserve(file, size: int) -> None:
+    """Take the room now, where the system can: a full disk is found before the work."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            file.flush()
+            os.posix_fallocate(file.fileno(), 0, size)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+    file.truncate(size)
+
+
+# ---- the target ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def _target(target: str | Path, about: Mapping, source: Path, size: int, overwrite: bool):
+    """(temporary folder, {shard finished in it: its count}); in the end it becomes `target`.
+
+    After a SpkitError (a wrong tensor) the temporary folder is deleted. After anything else, such
+    as a full disk or Ctrl-C, it stays for the next run.
+    """
+    target = Path(target)
+    temporary = target.with_name(TEMPORARY + target.name)
+    if target.resolve() == source.resolve():
+        raise SpkitError(f"{target} is the checkpoint itself: choose another folder.")
+    aside = target.with_name(f"{TEMPORARY}old-{target.name}")
+    if aside.is_dir() and not aside.is_symlink():  # a run was killed between the two renames
+        shutil.rmtree(aside) if target.exists() else aside.rename(target)
+    full = target.is_symlink() or (target.exists() and not _is_empty_folder(target))
+    if full and (target.is_symlink() or not target.is_dir() or not overwrite):
+        raise SpkitError(f"{target} exists already: choose another folder, or delete it.")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if temporary.is_symlink() or temporary.is_file():
+            temporary.unlink()  # never followed
+        temporary.mkdir(exist_ok=True)
+        with _alone(temporary):
+            done = _resume(temporary, about)
+            free = shutil.disk_usage(temporary).free + sum(_size(temporary / x) for x in done)
+            if free < size:
+                need = f"{size:,} bytes are needed and {free:,} are free"
+                raise OSError(errno.ENOSPC, need)
+            yield temporary, done
+            (temporary / JOURNAL).unlink()
+            for path in temporary.iterdir():
+                _fsync(path)
+            sync_folder_entry(temporary)
+            if full:
+                target.rename(aside)
+            os.replace(temporary, target)  # a folder can replace an empty one
+            sync_folder_entry(target.parent)
+            if full:
+                shutil.rmtree(aside)
+    except SpkitError as error:
+        if not isinstance(error, _Busy):
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    except OSError as error:
+        advice = f"choose another place; {temporary.name} holds what the same command goes on from"
+        raise write_error(target, error, advice) from error
+
+
+def _resume(temporary: Path, about: Mapping) -> dict[str, int]:
+    """The shards that are finished; everything else is deleted."""
+    journal = temporary / JOURNAL
+    rows = [] if journal.is_symlink() else store.stored(journal, about)
+    rows = {row.get("shard"): row for row in rows}
+    rows = {name: rows[name] for name in about["source"] if name in rows}
+    done = {n: row["count"] for n, row in rows.items() if _size(temporary / n) == row["size"]}
+    for path in temporary.iterdir():
+        if path.name not in done and path != journal:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    if not done:
+        journal.unlink(missing_ok=True)
+        store.begin(journal, about, [])
+    return done
+
+
+def _finish(made: Path, shard: str, count: int) -> None:
+    """Sync one shard, then note it: what the journal names is whole."""
+    _fsync(made / shard)
+    row = {"shard": shard, "size": _size(made / shard), "count": count}
+    store.append(made / JOURNAL, [row])
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """A lock on the folder that ends with the process; SpkitError where another one holds it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _Busy(f"another process is writing {folder}: wait for it.") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+class _Busy(SpkitError):
+    """Another process works in the temporary folder, which is therefore not deleted."""
+
+
+def _copy_others(source: Path, made: Path, dtype: str | None, total: int) -> None:
+    for path in other_files(source):
+        if path.name == JOURNAL:
+            continue
+        shutil.copyfile(path, made / path.name)
+        if dtype is not None and path.name in ("config.json", INDEX):
+            _rewrite_json(made / path.name, dtype, total)
+
+
+def _rewrite_json(path: Path, dtype: str, total: int) -> None:
+    """The dtype in config.json, the total size in the index."""
+    try:
+        tree = load_json(path.read_bytes())
+        if path.name == INDEX:
+            if "total_size" in tree.get("metadata", {}):
+                tree["metadata"]["total_size"] = total
+        else:
+            name = next(n for n, short in floats.TORCH_NAMES.items() if short == dtype)
+            keys = [key for key in ("dtype", "torch_dtype") if key in tree] or ["dtype"]
+            tree |= dict.fromkeys(keys, name)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise SpkitError(f"{path.name} of the checkpoint is no JSON object: {error}") from None
+    path.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    about = path.stat()
+    return about.st_size, about.st_mtime_ns
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() and not path.is_symlink() else -1
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
+def _fsync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
