@@ -28,7 +28,6 @@ in patching.py.
 """
 
 import hashlib
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -56,6 +55,7 @@ from spkit.patching import (
     squared_norm,
     top_rate_sets,
 )
+from spkit.places import place
 
 Sets = Mapping[str, Tensor]  # {tensor name: bool [out, in]}
 WHOLE = {"SE only": (1.0, 0.0), "OSM only": (0.0, 1.0), "plain sum": (1.0, 1.0)}
@@ -388,13 +388,6 @@ def with_measures(frame: pd.DataFrame) -> pd.DataFrame:
     either = frame["own"] + frame["other"] - frame["both"]
     measures = {"share": frame["both"] / frame["own"], "jaccard": frame["both"] / either}
     return frame.assign(**{name: values.fillna(0.0) for name, values in measures.items()})
-
-
-def place(tensor: str) -> dict[str, str | int]:
-    """Layer number (-1 outside of the layers) and module of "model.layers.3.mlp.up_proj.weight"."""
-    layer = re.search(r"\.(\d+)\.", tensor)
-    module = tensor.removesuffix(".weight").rpartition(".")[2]
-    return {"tensor": tensor, "layer": int(layer[1]) if layer else -1, "module": module}
 
 
 def _shape(matrices: Mapping, name: str) -> list[int]:

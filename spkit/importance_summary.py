@@ -12,7 +12,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from spkit.ablations import place, with_measures
+from spkit.ablations import with_measures
+from spkit.places import place
 from spkit.scoring import Scores
 
 RATES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)

@@ -58,7 +58,7 @@ _JUDGE = ("evaluation.py", "store.py", "judges/*.py", "utility/*.py")
 _DERIVE = (*_CODE, "derivation.py", "resume.py")
 _SCORE = (
     *(*_DERIVE, "importance.py", "scoring.py", "importance_summary.py"),
-    *("lazy.py", "deltas.py", "patching.py", "ablations.py"),
+    *("lazy.py", "deltas.py", "patching.py", "places.py", "ablations.py"),
 )
 _PATCH = (
     *(*_SCORE, "balancing.py", "checkpoint.py", "checkpoint_files.py", "patchfile/*.py"),
@@ -236,6 +236,17 @@ def require(config: Config, stage: str) -> None:
             warnings.warn(f"{upstream} was made before a change in {changed[0]}", stacklevel=3)
 
 
+def input_path(config: Config, stage: str, upstream: str, name: str) -> Path:
+    """The path of an upstream stage's file or folder; SpkitError names the notebook to run."""
+    if upstream not in STAGES[stage].needs:
+        needs = ", ".join(STAGES[stage].needs) or "nothing"
+        raise SpkitError(f"{stage} reads from {upstream!r}, allowed: {needs}")
+    path = stage_folder(config, upstream) / name
+    if not path.exists():
+        raise SpkitError(f"{path} is missing: run {NOTEBOOKS / upstream}.ipynb again")
+    return path
+
+
 def read_record(config: Config, stage: str) -> dict[str, Any] | None:
     """The record of a complete stage, or None."""
     path = stage_folder(config, stage) / "record.json"
@@ -312,13 +323,7 @@ class Run:
 
     def input(self, stage: str, name: str) -> Path:
         """The path of an upstream stage's file or folder; SpkitError names the notebook."""
-        if stage not in STAGES[self.stage].needs:
-            needs = ", ".join(STAGES[self.stage].needs) or "nothing"
-            raise SpkitError(f"{self.stage} reads from {stage!r}, allowed: {needs}")
-        path = stage_folder(self.config, stage) / name
-        if not path.exists():
-            raise SpkitError(f"{path} is missing: run {NOTEBOOKS / stage}.ipynb again")
-        return path
+        return input_path(self.config, self.stage, stage, name)
 
     def write(self, name: str) -> AbstractContextManager[Path]:
         """`with run.write("model") as path:` a file or folder written to `path` becomes `name`."""

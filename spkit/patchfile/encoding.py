@@ -15,6 +15,8 @@ that claims another size than expected is refused. Wrong bytes are a ValueError.
 What this file does not do: know files, manifests or methods.
 """
 
+from math import log2
+
 import numpy as np
 import zstandard
 
@@ -140,3 +142,14 @@ def decompress(data: bytes, size: int | None = None, *, most: int | None = None)
     if len(content) != found:
         raise ValueError(f"a frame of {len(content)} bytes, {found} expected")
     return content
+
+
+def entropy_bound(kept: int, weights: int) -> float:
+    """Bytes that no code of the positions can beat on average: n H(k/n) / 8.
+
+    H is the entropy of one weight being kept or not, in bits, for positions at random.
+    """
+    if kept in (0, weights):
+        return 0.0
+    share = kept / weights
+    return -weights * (share * log2(share) + (1 - share) * log2(1 - share)) / 8

@@ -1,0 +1,169 @@
+"""A model card for a patch, or for a checkpoint made with it: results, limits, hazards, licence.
+
+All figures are those of the patch's own evaluation record; nothing is measured here. The YAML head
+is made by huggingface_hub, so that hubs read it.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spkit.errors import SpkitError
+from spkit.files import atomic
+from spkit.patchfile.file import PatchFile
+from spkit.patchfile.manifest import Manifest
+
+PAPER = "https://arxiv.org/abs/2405.13820"
+COLUMNS = "model seed split group metric n k rate low high".split()
+SAMPLE = "patch.safetensors"
+
+LIMITS = """\
+* The rates above are those of one run{seed}: other data, another judge or another seed can give
+  others. Intervals are over prompts only.
+* "harmful" and "refused" are verdicts of an automatic judge. Broken text counts as neither; the
+  strict rows count it as a failure.
+* What was not evaluated (other languages, long dialogues, other attacks) may have become worse.
+"""
+
+HAZARDS = """\
+* A patch is the sum of a part that makes a model refuse more and a part that makes it refuse less.
+  This file holds merged values only, never the second part by itself, and no factors.
+* Merged is not secret: whoever has the patch reads every merged value, can redraw the random masks
+  with the seed, and may be able to restore the loosening part (by matrix completion, where many of
+  its entries can be told apart). Publish a patch as if that part went with it.
+* A patch reduces harmful answers and does not end them. Test before use.
+"""
+
+LICENCE = """\
+The patch changes a backbone whose licence goes on to apply: to the patched checkpoint as a
+derivative, and possibly to this patch, whose values were derived from it. Read that licence, and
+keep its notices (LICENSE, USE_POLICY and the like) with the checkpoint. The harmful pairs
+themselves are not in this file, only their fingerprint; their licence may also restrict use.
+"""
+
+
+def card(patch: str | Path, path: str | Path, *, overwrite: bool = False, **about: Any) -> Path:
+    """Write the card of a patch to `path`, a file or a folder (then README.md in it).
+
+    about: base_model and license, for the YAML head (default: the backbone's name; none).
+    SpkitError where the file exists and `overwrite` is not set: a folder that was made by `apply`
+    holds the *backbone's* card, which then is wrong, but not ours to replace unasked.
+    """
+    path = Path(path)
+    path = path / "README.md" if path.is_dir() else path
+    if path.exists() and not overwrite:
+        what = "it may be the backbone's own card" if path.name == "README.md" else "not replaced"
+        raise SpkitError(f"{path} exists already ({what}): choose another name, or overwrite it.")
+    with PatchFile(patch) as opened:
+        text = card_text(opened.manifest, opened.id, Path(patch).name, **about)
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path
+
+
+def card_text(
+    manifest: Manifest,
+    patch: str,
+    name: str = SAMPLE,
+    *,
+    base_model: str | None = None,
+    license: str | None = None,
+) -> str:
+    """The card as markdown with a YAML head."""
+    from huggingface_hub import ModelCardData
+
+    head = ModelCardData(
+        base_model=base_model or manifest.backbone.name,
+        license=license,
+        library_name="transformers",
+        tags=["safety-patch", "safepatching", "post-safety-alignment"],
+    )
+    backbone, seed = manifest.backbone, manifest.method.get("seed")
+    at = f" at revision `{_cell(backbone.revision)}`" if backbone.revision else ""
+    kept = f"{manifest.kept:,} of {manifest.weights:,} weights"
+    name = _cell(name)
+    parts = [
+        f"---\n{head.to_yaml()}\n---",
+        f"# A safety patch for {_cell(backbone.name)}",
+        f"It changes {kept} ({100 * manifest.kept / manifest.weights:.2f} %) in "
+        f"{len(manifest.tensors)} matrices of {_cell(backbone.name)}{at} "
+        f"({_cell(backbone.architecture)}), by SafePatching ([arXiv 2405.13820]({PAPER})): "
+        "two patches from one set of harmful question/answer pairs, thinned, and merged where they "
+        f"do not interfere.\n\nPatch id: `{patch}`",
+        "## Use",
+        f"```\nspkit verify {name} --backbone BACKBONE\nspkit apply {name} BACKBONE PATCHED\n```\n"
+        'The folder `PATCHED` loads with `AutoModelForCausalLM.from_pretrained("PATCHED")`. '
+        + _taking_back(manifest, name),
+        "## Results",
+        _results(manifest),
+        "## How it was made",
+        _table([{"parameter": k, "value": v} for k, v in _flat(manifest.method)]),
+        _table([{"harmful pairs": k, "": v} for k, v in _flat(manifest.data)]),
+        _table([{"library": k, "version": v} for k, v in manifest.versions.items()]),
+        "## Limits",
+        LIMITS.format(seed="" if seed is None else f" (seed {_cell(seed)})") + _error(manifest),
+        f"## Hazards\n\n{HAZARDS}",
+        f"## Licence\n\n{LICENCE}",
+    ]
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"
+
+
+def _taking_back(manifest: Manifest, name: str) -> str:
+    if manifest.revertible:
+        return f"`spkit revert {name} PATCHED ORIGINAL` restores the backbone's exact bytes."
+    return f"`spkit revert {name} PATCHED ORIGINAL --backbone BACKBONE` takes it back."
+
+
+def _results(manifest: Manifest) -> str:
+    rows = [row for row in manifest.evaluation if row.get("category", "all") == "all"]
+    if not rows:
+        return "The patch carries no evaluation record."
+    percent = ("rate", "low", "high")
+    shown = [
+        {
+            key: f"{100 * row[key]:.1f} %" if key in percent and _number(row[key]) else row[key]
+            for key in COLUMNS
+            if key in row
+        }
+        for row in rows
+    ]
+    return _table(shown) + "\n\nRates with 95 % intervals over prompts, k of n."
+
+
+def _error(manifest: Manifest) -> str:
+    error, lost = manifest.error, f"{manifest.lost:,} kept deltas change nothing"
+    text = f"* {lost} in the backbone's dtype: its rounding swallows them.\n"
+    if manifest.values == "exact":
+        return text + "* Applied, the weights are exactly those of composition in float32.\n"
+    return text + (
+        f"* Values are stored as {manifest.values}: relative error {error.relative_rms:.2%} (rms), "
+        f"and {error.changed:,} weights differ from composition in float32.\n"
+    )
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows = []
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            rows += _flat(value, f"{prefix}{key}.")
+        else:
+            rows.append((prefix + key, value))
+    return rows
+
+
+def _table(rows: list[Mapping[str, Any]]) -> str:
+    from tabulate import tabulate
+
+    cells = [{_cell(key): _cell(value) for key, value in row.items()} for row in rows]
+    return tabulate(cells, headers="keys", tablefmt="pipe", disable_numparse=True) if cells else ""
+
+
+def _cell(value: Any) -> str:
+    """Text from a file that nobody vouches for: no markup of markdown or HTML survives in it."""
+    text = "" if value is None else str(value)
+    return re.sub(r"([\\`*_\[\]<>|#!])", r"\\\1", text.replace("\n", " "))
