@@ -34,7 +34,6 @@ from spkit.ablations import NO_RETENTION, SAFEPATCHING, load_variants
 from spkit.backbone import load, patched, resolve_device, target_weights
 from spkit.balancing import balanced, first_token_losses
 from spkit.chat import encode_prompt
-from spkit.checkpoint import write_patched
 from spkit.config import Config
 from spkit.derivation import Patch, derive
 from spkit.evaluation import respond
@@ -44,6 +43,8 @@ from spkit.lazy import BitSets
 from spkit.machine import hardware, own_memory, versions
 from spkit.memory import predict
 from spkit.notebook import make_deterministic
+from spkit.patchfile.apply import apply
+from spkit.patchfile.make import About, make_patch
 from spkit.scoring import score_and_save
 from spkit.shape import shape_of
 from spkit.utility.likelihood import MAX_TOKENS, perplexity
@@ -156,7 +157,9 @@ def stage_patching(config: Config, folder: Path) -> None:
         losses = first_token_losses(model, tokenizer, pairs, config.importance, **how)
         variants = balanced(variants, losses)
         del model, losses
-    write_patched(folder / "model", variants.deltas(SAFEPATCHING), folder / "written")
+    file = folder / "patch.safetensors"
+    make_patch(folder / "model", variants.deltas(SAFEPATCHING), file, About("random"))
+    apply(file, folder / "model", folder / "written")
 
 
 def stage_evaluation(config: Config, folder: Path) -> None:

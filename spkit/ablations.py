@@ -83,11 +83,12 @@ class Deltas(Lazy):
 
     Reading it through holds one matrix at a time. `factors` gives the low-rank form where the
     variant keeps whole patches, for backbones whose weights are not written to (backbone.patched).
+    strengths: (alpha, beta), where the variant has them.
     """
 
-    def __init__(self, names, compute, factors=None):
+    def __init__(self, names, compute, factors=None, strengths=None):
         super().__init__(names, compute)
-        self._factors = factors
+        self._factors, self.strengths = factors, strengths
 
     def factors(self, name: str) -> LowRankDelta | None:
         """The delta as a sum of scale * B @ A, or None where only some positions are kept."""
@@ -300,7 +301,8 @@ class Variants:
                 tuple((*patch.factors[name], patch.scaling * x) for patch, x in pairs if x)
             )
 
-        return Deltas(self.se.factors, merge, factors if variant in WHOLE else None)
+        whole = factors if variant in WHOLE else None
+        return Deltas(self.se.factors, merge, whole, (alpha, beta))
 
 
 def _random_like(name: str, *, kept: Sets, seed: int, patch: str) -> Tensor:

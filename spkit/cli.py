@@ -39,7 +39,9 @@ app = typer.Typer(
 Patch = Annotated[Path, typer.Argument(help="a patch file")]
 Backbone = Annotated[str, typer.Argument(help="a checkpoint folder, or a hub id")]
 BackboneOption = Annotated[str | None, typer.Option(help="a checkpoint folder, or a hub id")]
-Revision = Annotated[str | None, typer.Option(help="of the backbone on the hub")]
+Revision = Annotated[
+    str | None, typer.Option(help="of the backbone on the hub; default: the patch's")
+]
 Target = Annotated[Path, typer.Argument(help="the new folder; nothing is there until it is whole")]
 Threads = Annotated[int | None, typer.Option(min=1, max=64, help="default: up to 4")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace a target that exists")]

@@ -13,8 +13,9 @@ patched before, of harmless requests, and of utility. Methods run side by side:
 
 A stage's folder appears whole or not at all, so an interrupted run goes on at the stage that was
 cut, and within its derivation at the last checkpoint (`derivation.checkpoint_steps`). Of the models
-only the last one is kept. The OSM patch never leaves the memory, but for such a checkpoint, which
-is deleted with the end of its stage.
+only the last one is kept, but each stage's patch file is, where its deltas are sparse. The OSM
+patch never leaves the memory, but for such a checkpoint, which is deleted with the end of its
+stage.
 What this file does not do: derive, score, patch or judge by itself.
 """
 
@@ -37,13 +38,16 @@ from spkit.baselines.method import check_setting
 from spkit.checkpoint import difference, write_patched
 from spkit.checkpoint_files import local_folder
 from spkit.config import Config
-from spkit.data import load_harmful_pairs
+from spkit.data import fingerprint, load_harmful_pairs, public_name
 from spkit.evaluation import COLUMNS, rates, respond
 from spkit.examples import EvalPrompt
 from spkit.files import atomic
+from spkit.patchfile.apply import apply
+from spkit.patchfile.make import About, make_patch
 from spkit.resume import discard
 from spkit.scoring import score_windows, top_rate_bits
 
+PATCH = "patch.safetensors"
 STAGE_SEEDS = 1000  # seed * 1000 + stage: another draw for each stage, none used twice
 
 
@@ -156,6 +160,16 @@ def run_stages(
     return pd.concat(frames, ignore_index=True)
 
 
+def stage_patches(folder: str | Path, method: str) -> list[Path]:
+    """The patch files of a method's stages, in their order; empty where it keeps whole patches.
+
+    Each is for the model that the stage before it left (joint training's are all for the backbone),
+    so patchfile.stack makes one of them.
+    """
+    found = Path(folder, method).glob(f"stage-*/{PATCH}")
+    return sorted(found, key=lambda path: int(path.parent.name.removeprefix("stage-")))
+
+
 def continual_rates(responses: pd.DataFrame, config: Config) -> pd.DataFrame:
     """The tidy frame of evaluation.rates with the column `stage` (0: the base) behind."""
     parts = [
@@ -185,11 +199,46 @@ def _stage(method, k, base, source, folder, config, prompts, identity, checkpoin
     seed = stage_seed(config.seed, k)
     deltas = stage_deltas(source, pairs, config, method, seed, checkpoints, saved)
     folder.mkdir()
-    write_patched(source, deltas, folder / "model")
+    _write_model(method, k, source, deltas, folder, config, pairs)
     responses = _answers(base, folder / "model", deltas, config, prompts, METHODS[method][0])
     responses.to_csv(folder / "responses.csv", index=False, lineterminator="\n")
     about = {"identity": identity, "method": method, "stage": k, "categories": categories}
     (folder / "stage.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_model(method, k, source, deltas, folder, config, pairs) -> None:
+    """The stage's model; where its deltas are sparse, by way of a patch file, patch.safetensors."""
+    if _whole(deltas):
+        write_patched(source, deltas, folder / "model")
+        return
+    categories = (
+        config.continual.stages[:k] if method == "joint" else [config.continual.stages[k - 1]]
+    )
+    alpha, beta = deltas.strengths
+    backbone = public_name(config)
+    if k > 1 and method != "joint":
+        backbone += f", after stage {k - 1} of {METHODS[method][0]}"
+    about = About(
+        backbone=backbone,
+        revision=config.backbone.revision,
+        method={
+            "name": METHODS[method][0],
+            "stage": k,
+            "seed": stage_seed(config.seed, k),
+            "alpha": float(alpha),
+            "beta": float(beta),
+            "patching": config.patching.model_dump(mode="json"),
+            "settings": dict(config.continual.settings.get(method, {})),
+        },
+        data={"fingerprint": fingerprint(pairs), "pairs": len(pairs), "categories": categories},
+    )
+    make_patch(source, deltas, folder / PATCH, about)
+    apply(folder / PATCH, source, folder / "model")
+
+
+def _whole(deltas: Mapping[str, Tensor]) -> bool:
+    """Whether every weight changes: then the deltas are kept as factors (ablations.Deltas)."""
+    return getattr(deltas, "factors", lambda name: None)(next(iter(deltas))) is not None
 
 
 def _answers(base, model_folder, deltas, config, prompts, name) -> pd.DataFrame:
@@ -205,8 +254,7 @@ def _answers(base, model_folder, deltas, config, prompts, name) -> pd.DataFrame:
         "batch_size": config.evaluation.batch_size,
     }
     quantization = config.evaluation.quantization
-    whole = getattr(deltas, "factors", lambda name: None)(next(iter(deltas))) is not None
-    if quantization == "none" or whole:
+    if quantization == "none" or _whole(deltas):
         loaded = load(model_folder, quantization=quantization, **config.backbone.loading)
         return respond(*loaded, prompts, **settings)
     model, tokenizer = load(base, quantization=quantization, **config.backbone.loading)

@@ -269,6 +269,12 @@ def backbone_source(config: Config, run) -> Path | str:
     return run.input("00_backbone", "model")
 
 
+def public_name(config: Config) -> str:
+    """The backbone's hub id, "sandbox", or the last part of its local path, and no more of that."""
+    source = config.backbone.source
+    return Path(source).resolve().name if Path(source).is_dir() else source
+
+
 def sandbox_recipe(config: Config) -> dict[str, Any]:
     """All that decides the sandbox backbone's weights; recipe.json holds it beside shipped ones."""
     return {

@@ -20,12 +20,15 @@ from spkit.baselines import Bundle
 from spkit.baselines.bundle import with_backbone
 from spkit.baselines.npo import derive_npo
 from spkit.config import load_params
-from spkit.continual import continual_rates, run_stages, stage_seed
-from spkit.data import load_eval_prompts, load_harmful_pairs, prepare_backbone
+from spkit.continual import continual_rates, run_stages, stage_patches, stage_seed
+from spkit.data import fingerprint, load_eval_prompts, load_harmful_pairs, prepare_backbone
 from spkit.derivation import Patch, derive
 from spkit.errors import SpkitError
 from spkit.evaluation import COLUMNS, respond
 from spkit.judges import judged
+from spkit.patchfile.apply import apply
+from spkit.patchfile.file import PatchFile
+from spkit.patchfile.stack import stack
 from spkit.patching import compose, kept_sets, retention_mask
 from spkit.scoring import score_patch
 
@@ -322,6 +325,7 @@ def test_of_the_models_only_the_last_is_kept(whole):
         for k, categories in enumerate(STAGES, start=1):
             here = folder / method / f"stage-{k}"
             kept = {"responses.csv", "stage.json"} | ({"model"} if k == 2 else set())
+            kept |= {"patch.safetensors"} if method == "safepatching" else set()
             assert {path.name for path in here.iterdir()} == kept
             assert json.loads((here / "stage.json").read_text()) == {
                 "identity": "one",
@@ -350,7 +354,34 @@ def test_no_patch_lies_on_the_disk(whole, base, tmp_path, monkeypatch):
             assert b"lora_" not in data and b"adapter" not in data and b'"osm"' not in data, name
     names = set(weights(base))
     for path in whole[0].rglob("*.safetensors"):
-        assert set(load_file(path)) == names
+        if path.name == "patch.safetensors":
+            with PatchFile(path) as merged:  # both patches' kept values in one
+                assert set(merged.manifest.tensors) < names
+        else:
+            assert set(load_file(path)) == names
+
+
+def test_the_stages_patches_stacked_give_the_last_model(whole, base, tmp_path):
+    folder, _ = whole
+    patches = stage_patches(folder, "safepatching")
+    assert [path.parent.name for path in patches] == ["stage-1", "stage-2"]
+    assert stage_patches(folder, "ga") == []
+    stack(patches, base, tmp_path / "stacked.safetensors", progress=False)
+    apply(tmp_path / "stacked.safetensors", base, tmp_path / "model", progress=False)
+    last = folder / "safepatching" / "stage-2" / "model"
+    for path in last.iterdir():
+        assert path.read_bytes() == (tmp_path / "model" / path.name).read_bytes(), path.name
+    with PatchFile(patches[1]) as second:
+        assert second.manifest.backbone.name == "sandbox, after stage 1 of SafePatching"
+        method, data = second.manifest.method, second.manifest.data
+    assert (method["stage"], method["seed"]) == (2, stage_seed(4, 2))
+    assert (method["alpha"], method["beta"]) == (30.0, 20.0)
+    pairs = load_harmful_pairs(settings().data, seed=4, categories=STAGES[1])
+    assert data == {
+        "fingerprint": fingerprint(pairs),
+        "pairs": len(pairs),
+        "categories": STAGES[1:],
+    }
 
 
 # ---- interruptions and reruns

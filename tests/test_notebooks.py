@@ -494,6 +494,7 @@ def test_the_same_seed_gives_the_same_bytes_by_hand_and_by_snakemake(walkthrough
         f"{IMPORTANCE}/importance_se.safetensors",
         f"{IMPORTANCE}/importance_osm.safetensors",
         f"{PATCHING}/model/model.safetensors",
+        f"{PATCHING}/patch.safetensors",
         f"{CONTINUAL}/stages/safepatching/stage-3/model/model.safetensors",
         "results.csv",
     ):
@@ -603,7 +604,7 @@ def test_the_record_names_neither_machine_nor_user(walkthrough, by_hand, stage):
 def test_the_factors_of_the_patches_lie_in_one_place_only(walkthrough, by_hand):
     """The OSM patch alone is a jailbreak: no second copy, no adapter, no model made of it."""
     known = {"", ".csv", ".ipynb", ".jinja", ".json", ".png", ".safetensors", ".svg", ".txt"}
-    known |= {".jsonl"}  # responses, read below by nobody: texts alone
+    known |= {".jsonl", ".md"}  # responses and a model card, read below by nobody: texts alone
     for run in (walkthrough.run, by_hand.run):
         paths = {path.relative_to(run).as_posix(): path for path in files(run)}
         # a format that is not looked into below could hide them

@@ -58,15 +58,16 @@ def apply(
 ) -> Applied:
     """Write backbone + patch to the new folder `target`; None is a dry run that writes nothing.
 
-    backbone: a local checkpoint, or a hub id with its revision. dtype: "bfloat16", "float16" or
+    backbone: a local checkpoint, or a hub id; revision: that on the hub, by default the one in the
+    patch. dtype: "bfloat16", "float16" or
     "float32" for all float tensors of the target; None: as they are. threads: None chooses.
     overwrite: replace a target that exists, as a whole and at the end.
     Equal bit for bit to composing in memory (patching.add_delta with the patch's values).
     SpkitError names the file and the tensor where patch and backbone do not fit, or are damaged.
     """
     out = None if dtype is None else short_dtype(dtype)
-    folder = local_folder(backbone, revision)
     with PatchFile(patch) as opened:
+        folder = local_folder(backbone, revision or opened.manifest.backbone.revision)
         matrices = opened.manifest.tensors
         check_fit(opened, folder)
         opened.check()

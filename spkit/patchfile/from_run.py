@@ -17,7 +17,7 @@ import pandas as pd
 from spkit.ablations import SAFEPATCHING, Variants, load_variants
 from spkit.checkpoint_files import local_folder
 from spkit.config import Config
-from spkit.data import backbone_source
+from spkit.data import backbone_source, public_name
 from spkit.errors import SpkitError
 from spkit.patchfile.make import About, make_patch
 from spkit.patchfile.manifest import Manifest, Values
@@ -38,7 +38,7 @@ def about_run(config: Config, variants: Variants, results: pd.DataFrame, **metho
     rows = shown[ROWS].astype(object).where(shown[ROWS].notna(), None)
     se = variants.se.manifest
     return About(
-        backbone=_public_name(config),
+        backbone=public_name(config),
         revision=config.backbone.revision,
         method={
             "name": SAFEPATCHING,
@@ -92,12 +92,6 @@ def make_from_run(
         revertible=revertible,
         progress=progress,
     )
-
-
-def _public_name(config: Config) -> str:
-    """A hub id, or the last part of a local path: folders of one machine are nobody's business."""
-    source = config.backbone.source
-    return Path(source).resolve().name if Path(source).is_dir() else source
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class Inspected:
             "patch": self.patch,
             "method": manifest.method.get("name", ""),
             "backbone": backbone.name,
-            "revision": backbone.revision,
+            "revision": backbone.revision or "",
             "architecture": backbone.architecture,
             "backbone dtype": ", ".join(sorted({m.dtype for m in manifest.tensors.values()})),
             "D_h fingerprint": manifest.data.get("fingerprint", ""),

@@ -65,7 +65,7 @@ def revert(
         if backbone is None:
             edits = {name: partial(Restoring, opened, name) for name in names}
         else:
-            folder = local_folder(backbone, revision)
+            folder = local_folder(backbone, revision or opened.manifest.backbone.revision)
             check_fit(opened, folder)
             edits = {name: partial(Replacing, opened, name, folder) for name in names}
         done = stream(

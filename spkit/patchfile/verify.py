@@ -70,7 +70,7 @@ def verify(
         how = {"threads": threads, "progress": progress}
         findings.append(_tried(WHOLE, opened.check))
         if findings[-1].ok and backbone is not None:
-            backbone = local_folder(backbone, revision)
+            backbone = local_folder(backbone, revision or opened.manifest.backbone.revision)
             tensor_files(backbone)  # one that cannot be read is an error, not a no
             findings += _backbone(opened, backbone, how)
         if findings[-1].ok is not False and checkpoint is not None:
