@@ -26,6 +26,7 @@ LEVEL = 1  # higher levels look for repetitions, and there are none: measured, t
 ENCODINGS = ("gaps", "bitmap")
 ESCAPE = 255
 MAX_WINDOW = 1 << 25  # bytes a decoder may be told to hold
+EMPTY_BLOCK = b"\1\0\0"  # all that an empty zstd frame holds behind its head
 
 
 def blocks(weights: int) -> list[tuple[int, int]]:
@@ -135,6 +136,12 @@ def decompress(data: bytes, size: int | None = None, *, most: int | None = None)
             raise ValueError(f"a frame of {found} bytes, {expected} expected")
         if about.dict_id:
             raise ValueError("a frame that needs a dictionary")
+        # the library checks neither of these: not the window where the output is at hand as a
+        # whole, and nothing behind the head of a frame that says it is empty
+        if about.window_size > MAX_WINDOW:
+            raise ValueError(f"a frame with a window of {about.window_size} bytes")
+        if found == 0 and bytes(data[zstandard.frame_header_size(data) :]) != EMPTY_BLOCK:
+            raise ValueError("an empty frame with bytes in or behind it")
         decoder = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW)
         content = decoder.decompress(data, allow_extra_data=False)
     except zstandard.ZstdError as error:

@@ -95,9 +95,9 @@ def make_patch(
                 kept = part[positions]
                 try:
                     after = floats.patched(bits[positions], kept, dtype)
+                    writer.add(bits, positions, kept, after)  # shortened values can be larger
                 except ValueError as error:
                     raise SpkitError(f"The delta of {name!r} cannot be added: {error}.") from None
-                writer.add(bits, positions, kept, after)
             writer.close()
     return writer.manifest
 

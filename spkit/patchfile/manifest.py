@@ -202,8 +202,9 @@ def read_manifest(text: bytes) -> Manifest:
         return Manifest.model_validate(tree)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        where = ".".join(map(str, first["loc"])) or "as a whole"
-        raise ValueError(f"the manifest is wrong ({where[:200]}): {first['msg']}") from None
+        where = ".".join(map(str, first["loc"]))[:200] or "as a whole"
+        where = where if where.isprintable() else repr(where)  # it goes to a terminal
+        raise ValueError(f"the manifest is wrong ({where}): {first['msg']}") from None
     except RecursionError:
         raise ValueError("the manifest is nested too deeply") from None
 
