@@ -20,7 +20,7 @@ from spkit.validation import dotted_keys
 
 ROOT = Path(__file__).parents[1]
 METHOD = ROOT / "docs" / "method.md"
-PAGES = [path for path in (METHOD, ROOT / "README.md") if path.is_file()]
+PAGES = [METHOD, ROOT / "docs" / "patch_format.md", ROOT / "README.md"]
 SECTIONS = (
     "Derivation",
     "Random retention",
