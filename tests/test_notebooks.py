@@ -36,6 +36,9 @@ from spkit import machine, summary
 from spkit.config import Config, load_params
 from spkit.evaluation import COLUMNS
 from spkit.notebook import why_failed
+from spkit.patchfile.apply import apply
+from spkit.patchfile.file import PatchFile
+from spkit.patchfile.from_run import make_from_run
 from spkit.runs import STAGES, run_folder
 from spkit.validation import dotted_keys
 
@@ -622,6 +625,36 @@ def lora(path):
     """The names of tensors that are LoRA factors."""
     with safe_open(path, framework="pt") as file:
         return [key for key in file.keys() if "lora_" in key]  # noqa: SIM118
+
+
+def test_the_patch_file_makes_the_patched_model_again(walkthrough, tmp_path):
+    backbone, folder = walkthrough.run / BACKBONE / "model", walkthrough.run / PATCHING
+    made = apply(folder / "patch.safetensors", backbone, tmp_path / "made", progress=False)
+    assert contents(tmp_path / "made") == contents(folder / "model")
+    notes = record_of(walkthrough.run, PATCHING)["notes"]
+    assert (made.kept, made.lost) == (notes["moved"], notes["vanished"])
+    with PatchFile(folder / "patch.safetensors") as patch:
+        told = patch.manifest
+    assert [told.method["alpha"], told.method["beta"]] == notes["strengths"]
+    assert told.backbone.name == "sandbox" and not told.revertible
+    assert {row["model"] for row in told.evaluation} == {"base", "SafePatching"}
+    assert f"`{made.patch}`" in (folder / "patch_card.md").read_text()
+    # made again from the finished run: the same bytes, and with the originals on request
+    config = load_params(MICRO, {"outputs": str(walkthrough.kept)})
+    again = make_from_run(config, tmp_path / "again.safetensors", progress=False)
+    assert again == told
+    same = (tmp_path / "again.safetensors", folder / "patch.safetensors")
+    assert same[0].read_bytes() == same[1].read_bytes()
+    options = {"values": "int8", "revertible": True, "progress": False}
+    small = make_from_run(config, tmp_path / "small.safetensors", **options)
+    assert small.revertible and small.size("values") < told.size("values") / 3
+
+
+def test_the_stacked_patch_makes_the_last_stages_model(walkthrough, tmp_path):
+    folder = walkthrough.run / CONTINUAL
+    apply(folder / "patch.safetensors", walkthrough.run / BACKBONE / "model", tmp_path / "made")
+    last = folder / "stages" / "safepatching" / "stage-3" / "model"
+    assert contents(tmp_path / "made") == contents(last)
 
 
 def test_the_patched_model_is_an_ordinary_checkpoint(walkthrough):
