@@ -49,10 +49,8 @@ class Kept:
         after = floats.patched(weights, self.deltas, dtype, out)
         chosen, bits = self.replaced
         after[chosen] = floats.convert(bits, dtype, out)
-        before = floats.convert(weights, dtype, out)
-        moving = self.deltas != 0
-        moving[chosen] = True
-        return after, int(((after == before) & moving).sum())
+        # one whose stored value was rounded to 0 is lost, too
+        return after, int((after == floats.convert(weights, dtype, out)).sum())
 
 
 class PatchFile:

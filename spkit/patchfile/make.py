@@ -10,6 +10,7 @@ memory is one matrix in full precision; what is finished goes to a temporary fil
 
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -269,7 +270,6 @@ class Writer:
         if not self.matrices:
             raise SpkitError("A patch needs at least one weight matrix; there are no deltas.")
         about, found = self.about, versions()
-        name = Path(about.backbone).name if Path(about.backbone).is_absolute() else about.backbone
         config = read_config(self.folder)
         try:
             self.manifest = Manifest(
@@ -278,7 +278,7 @@ class Writer:
                 method=dict(about.method),
                 data=dict(about.data),
                 backbone=Backbone(
-                    name=name,
+                    name=printable_name(about.backbone),
                     revision=about.revision,
                     architecture=(config.get("architectures") or ["unknown"])[0],
                     config_sha256=config_sha256(config),
@@ -304,6 +304,13 @@ class Writer:
 
 
 # ---- the backbone's identity ---------------------------------------------------------------------
+
+
+def printable_name(backbone: str) -> str:
+    """A hub id as it is; of anything else, such as a local path, the last part."""
+    if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", backbone) and not Path(backbone).exists():
+        return backbone
+    return re.split(r"[/\\]", backbone.rstrip("/\\"))[-1]
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

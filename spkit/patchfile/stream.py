@@ -318,11 +318,11 @@ def _target(target: str | Path, about: Mapping, source: Path, size: int, overwri
     After a SpkitError (a wrong tensor) the temporary folder is deleted. After anything else, such
     as a full disk or Ctrl-C, it stays for the next run.
     """
-    target = Path(target)
-    temporary = target.with_name(TEMPORARY + target.name)
+    target = Path(os.path.abspath(target))  # "." has no name
+    temporary = target.parent / (TEMPORARY + target.name)
     if target.resolve() == source.resolve():
         raise SpkitError(f"{target} is the checkpoint itself: choose another folder.")
-    aside = target.with_name(f"{TEMPORARY}old-{target.name}")
+    aside = target.parent / f"{TEMPORARY}old-{target.name}"
     if aside.is_dir() and not aside.is_symlink():  # a run was killed between the two renames
         shutil.rmtree(aside) if target.exists() else aside.rename(target)
     full = target.is_symlink() or (target.exists() and not _is_empty_folder(target))
@@ -337,8 +337,7 @@ def _target(target: str | Path, about: Mapping, source: Path, size: int, overwri
             done = _resume(temporary, about)
             free = shutil.disk_usage(temporary).free + sum(_size(temporary / x) for x in done)
             if free < size:
-                need = f"{size:,} bytes are needed and {free:,} are free"
-                raise OSError(errno.ENOSPC, need)
+                raise OSError(f"{size:,} bytes are needed and {free:,} are free")
             yield temporary, done
             (temporary / JOURNAL).unlink()
             for path in temporary.iterdir():
@@ -350,21 +349,24 @@ def _target(target: str | Path, about: Mapping, source: Path, size: int, overwri
             sync_folder_entry(target.parent)
             if full:
                 shutil.rmtree(aside)
-    except SpkitError as error:
+    except (SpkitError, OSError) as error:
+        cause = error.__cause__ if isinstance(error, SpkitError) else error
+        if isinstance(cause, OSError):  # the journal's, too
+            advice = "choose another place"
+            advice += f"; {temporary.name} holds what the same command goes on from"
+            raise write_error(target, cause, advice) from cause
         if not isinstance(error, _Busy):
             shutil.rmtree(temporary, ignore_errors=True)
         raise
-    except OSError as error:
-        advice = f"choose another place; {temporary.name} holds what the same command goes on from"
-        raise write_error(target, error, advice) from error
 
 
 def _resume(temporary: Path, about: Mapping) -> dict[str, int]:
     """The shards that are finished; everything else is deleted."""
     journal = temporary / JOURNAL
     rows = [] if journal.is_symlink() else store.stored(journal, about)
-    rows = {row.get("shard"): row for row in rows}
-    rows = {name: rows[name] for name in about["source"] if name in rows}
+    kinds = {"shard": str, "size": int, "count": int}  # of rows that we wrote
+    rows = [row for row in rows if {key: type(value) for key, value in row.items()} == kinds]
+    rows = {row["shard"]: row for row in rows if row["shard"] in about["source"]}
     done = {n: row["count"] for n, row in rows.items() if _size(temporary / n) == row["size"]}
     for path in temporary.iterdir():
         if path.name not in done and path != journal:
