@@ -51,8 +51,10 @@ def tokenizer(chat_template: str | None = TEMPLATE, extra: int = 0) -> PreTraine
     )
 
 
-def model(architecture: str, *, seed: int = 0, layers: int = 2, tied: bool | None = None):
-    """fp32, hidden 64 (the block size of NF4), grouped-query attention, eval mode."""
+def model(
+    architecture: str, *, seed: int = 0, layers: int = 2, tied: bool | None = None, kv_heads=2
+):
+    """fp32, hidden 64 (the block size of NF4), 4 heads (2 for keys and values), eval mode."""
     torch.manual_seed(seed)
     sizes = dict(
         vocab_size=32,
@@ -60,7 +62,7 @@ def model(architecture: str, *, seed: int = 0, layers: int = 2, tied: bool | Non
         intermediate_size=128,
         num_hidden_layers=layers,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        num_key_value_heads=kv_heads,
         head_dim=16,
         max_position_embeddings=64,
         initializer_range=0.2,  # large, so that gradients are far from zero
