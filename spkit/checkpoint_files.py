@@ -9,6 +9,7 @@ memory for any tensor.
 """
 
 import json
+import stat
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,6 +21,7 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".pkl"}
 WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+MOST_DIMENSIONS, LARGEST = 64, 2**63 - 1  # of a shape, and in it
 WIDTHS = {  # bytes a value; dtypes that are not here are copied and not looked into
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
     **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
@@ -51,11 +53,12 @@ def tensor_files(folder: str | Path) -> dict[str, Path]:
     folder = Path(folder)
     try:
         if (folder / INDEX).is_file():
-            index = load_json((folder / INDEX).read_bytes())
+            index = load_json(read_small(folder / INDEX))
             files = {name: folder / _plain(file) for name, file in index["weight_map"].items()}
             for path in sorted(set(files.values())):
-                path.stat()  # a shard that is missing ends here
+                _require_file(path)  # a shard that is missing ends here
             return files
+        _require_file(folder / SINGLE)
         with (folder / SINGLE).open("rb") as file:
             return {name: folder / SINGLE for name, _ in read_header(file, folder / SINGLE)[0]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -63,6 +66,29 @@ def tensor_files(folder: str | Path) -> dict[str, Path]:
             raise
         what = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise SpkitError(f"{folder} is no checkpoint in safetensors files: {what}") from None
+
+
+def headers(folder: str | Path) -> dict[str, tuple[Path, int, About]]:
+    """{tensor name: (its file, where that one's data begins, what its header says)}.
+
+    SpkitError also where a tensor lies in two files, or not where the index puts it.
+    """
+    found: dict[str, tuple[Path, int, About]] = {}
+    files = tensor_files(folder)
+    for path in sorted(set(files.values())):
+        try:
+            with path.open("rb") as file:
+                tensors, start = read_header(file, path)
+        except OSError as error:
+            raise SpkitError(f"{path} cannot be read: {error.strerror}") from None
+        for name, about in tensors:
+            if name in found:
+                raise SpkitError(f"{path} and {found[name][0].name} both have a tensor {name!r}.")
+            found[name] = (path, start, about)
+    for name, path in files.items():
+        if name not in found or found[name][0] != path:
+            raise SpkitError(f"{path} has no tensor {name!r}, which the index puts there.")
+    return found
 
 
 def other_files(folder: str | Path) -> list[Path]:
@@ -114,6 +140,14 @@ def read_header_text(
     return text, size
 
 
+def read_small(path: Path) -> bytes:
+    """A whole file, such as a configuration; ValueError for a pipe, a folder, or too much."""
+    size = _require_file(path)
+    if size > LONGEST_HEADER:
+        raise ValueError(f"{path.name} has {size} bytes, at most {LONGEST_HEADER} are read")
+    return path.read_bytes()
+
+
 def load_json(text: bytes) -> Any:
     """JSON without repeated keys, NaN or infinity; ValueError for anything else."""
     try:
@@ -124,13 +158,23 @@ def load_json(text: bytes) -> Any:
 
 def _check(name: str, about: About) -> None:
     shape, offsets = about["shape"], about["data_offsets"]
-    numbers = [*shape, *offsets]
-    if len(offsets) != 2 or any(type(n) is not int or n < 0 for n in numbers):
-        raise ValueError(f"the tensor {name!r} has the shape {shape} and the offsets {offsets}")
+    right = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
+    right = right and len(shape) <= MOST_DIMENSIONS
+    if not right or any(type(n) is not int or not 0 <= n <= LARGEST for n in shape + offsets):
+        what = f"the shape {shape!r:.100} and the offsets {offsets!r:.100}"
+        raise ValueError(f"the tensor {name!r:.300} has {what}")
     width = WIDTHS.get(about["dtype"])
     if width is not None and offsets[1] - offsets[0] != width * prod(shape):
         have = offsets[1] - offsets[0]
         raise ValueError(f"{name!r} has {have} bytes, which are no {shape} of {about['dtype']}")
+
+
+def _require_file(path: Path) -> int:
+    """Its size; ValueError for a folder, or a pipe, which would be waited for for ever."""
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode):
+        raise ValueError(f"{path.name} is no regular file")
+    return about.st_size
 
 
 def _plain(name: Any) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from spkit.checkpoint_files import local_folder, read_header, tensor_files
+from spkit.checkpoint_files import headers, local_folder
 from spkit.errors import SpkitError
 from spkit.patchfile import floats
 from spkit.patchfile.file import PatchFile
@@ -136,17 +136,15 @@ def check_fit(patch: PatchFile, folder: str | Path) -> None:
 
     Headers only are read. The weights are compared while they stream.
     """
-    found = {}
-    for path in sorted(set(tensor_files(folder).values())):
-        with path.open("rb") as file:
-            found |= dict(read_header(file, path)[0])
+    found = headers(folder)
     for name, matrix in patch.manifest.tensors.items():
         if name not in found:
             raise SpkitError(
                 f"{patch.path} does not fit {folder}: that has no tensor {name!r}; the patch is "
                 f"for {patch.manifest.backbone.name} ({patch.manifest.backbone.architecture})"
             )
-        have = found[name]["dtype"], list(found[name]["shape"])
+        _, _, about = found[name]
+        have = about["dtype"], about["shape"]
         if have != (matrix.dtype, matrix.shape):
             raise SpkitError(
                 f"{patch.path} does not fit {folder}: the tensor {name!r} is {have[0]} {have[1]} "

@@ -23,7 +23,7 @@ import numpy as np
 from pydantic import ValidationError
 from tqdm.auto import tqdm
 
-from spkit.checkpoint_files import local_folder, read_header, tensor_files
+from spkit.checkpoint_files import local_folder, read_header, read_small, tensor_files
 from spkit.errors import SpkitError
 from spkit.files import atomic
 from spkit.machine import versions
@@ -317,7 +317,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """config.json of a checkpoint; SpkitError where it is missing or no JSON object."""
     path = Path(folder) / "config.json"
     try:
-        config = json.loads(path.read_bytes())
+        config = json.loads(read_small(path))
         if not isinstance(config, dict):
             raise ValueError("no JSON object")
         return config

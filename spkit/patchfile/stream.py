@@ -26,7 +26,15 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from spkit import store
-from spkit.checkpoint_files import INDEX, About, load_json, other_files, read_header, tensor_files
+from spkit.checkpoint_files import (
+    INDEX,
+    About,
+    load_json,
+    other_files,
+    read_header,
+    read_small,
+    tensor_files,
+)
 from spkit.errors import SpkitError
 from spkit.files import TEMPORARY, sync_folder_entry, write_error
 from spkit.patchfile import floats
@@ -99,6 +107,7 @@ def stream(
         stamps = {path.name: list(_stamp(path)) for path in sorted({*files.values()})}
         about = {**identity, "dtype": dtype, "source": stamps}
         size = sum(shard.new_size for shard in shards)
+        size += sum(path.stat().st_size for path in other_files(source))
         with _target(target, about, source, size, overwrite) as (made, done):
             _copy_others(source, made, dtype, sum(s.new_size - s.new_start for s in shards))
             with ThreadPoolExecutor(1) as syncer:  # the disk works while the next shard is made
@@ -419,7 +428,7 @@ def _copy_others(source: Path, made: Path, dtype: str | None, total: int) -> Non
 def _rewrite_json(path: Path, dtype: str, total: int) -> None:
     """The dtype in config.json, the total size in the index."""
     try:
-        tree = load_json(path.read_bytes())
+        tree = load_json(read_small(path))
         if path.name == INDEX:
             if "total_size" in tree.get("metadata", {}):
                 tree["metadata"]["total_size"] = total
@@ -427,9 +436,10 @@ def _rewrite_json(path: Path, dtype: str, total: int) -> None:
             name = next(n for n, short in floats.TORCH_NAMES.items() if short == dtype)
             keys = [key for key in ("dtype", "torch_dtype") if key in tree] or ["dtype"]
             tree |= dict.fromkeys(keys, name)
-    except (ValueError, AttributeError, TypeError) as error:
+        text = json.dumps(tree, indent=2) + "\n"
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise SpkitError(f"{path.name} of the checkpoint is no JSON object: {error}") from None
-    path.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from spkit.checkpoint_files import About, local_folder, read_header, tensor_files
+from spkit.checkpoint_files import About, headers, local_folder, tensor_files
 from spkit.errors import SpkitError
 from spkit.patchfile import floats
 from spkit.patchfile.apply import NOT_THE_BACKBONE, Patching, check_fit
@@ -73,7 +73,7 @@ def verify(
             backbone = local_folder(backbone, revision or opened.manifest.backbone.revision)
             tensor_files(backbone)  # one that cannot be read is an error, not a no
             findings += _backbone(opened, backbone, how)
-        if findings[-1].ok is not False and checkpoint is not None:
+        if checkpoint is not None and all(finding.ok is not False for finding in findings):
             tensor_files(checkpoint)
             findings += _checkpoint(opened, backbone, Path(checkpoint), how)
         return Verified(opened.id, tuple(findings))
@@ -164,13 +164,10 @@ class Comparing:
 
 def _tensors(folder: Path) -> dict[str, tuple[Path, int, About]]:
     """{tensor name: (file, place in it, what its header says)}."""
-    found = {}
-    for path in sorted(set(tensor_files(folder).values())):
-        with path.open("rb") as file:
-            tensors, start = read_header(file, path)
-        for name, about in tensors:
-            found[name] = (path, start + about["data_offsets"][0], about)
-    return found
+    return {
+        name: (path, start + about["data_offsets"][0], about)
+        for name, (path, start, about) in headers(folder).items()
+    }
 
 
 def _compare_others(patch: PatchFile, backbone: Path, folder: Path, theirs) -> None:
