@@ -114,8 +114,12 @@ class Patching:
         except ValueError as error:
             raise wrong_tensor(self.patch.path, self.name, error) from None
         if self.out != dtype:
+            finite = np.isfinite(floats.to_float32(bits, dtype))
             bits = floats.convert(bits, dtype, self.out)
         bits[kept.positions] = patched
+        if self.out != dtype and (finite & ~np.isfinite(floats.to_float32(bits, self.out))).any():
+            what = f"the checkpoint has weights there that are too large for {self.out}"
+            raise wrong_tensor(self.patch.path, self.name, what)
         self.lost += lost
         if self.out == dtype:
             self.after.update(bits)
