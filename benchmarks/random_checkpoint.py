@@ -50,8 +50,14 @@ def configuration(architecture: str, sizes: Mapping):
     return CONFIGS[architecture](**sizes, **ids, max_position_embeddings=4096, dtype="bfloat16")
 
 
-def write(folder: str | Path, sizes: Mapping, architecture: str = "llama", seed: int = 0) -> Path:
-    """The whole checkpoint in `folder`; returns it."""
+def write(
+    folder: str | Path,
+    sizes: Mapping,
+    architecture: str = "llama",
+    seed: int = 0,
+    shard: int = SHARD,
+) -> Path:
+    """The whole checkpoint in `folder`, in files of at most `shard` bytes; returns it."""
     folder = Path(folder)
     folder.mkdir(parents=True)
     config = configuration(architecture, sizes)
@@ -59,7 +65,7 @@ def write(folder: str | Path, sizes: Mapping, architecture: str = "llama", seed:
     config.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     shapes = _tensors(meta_model(config))
-    shards = _shards(shapes)
+    shards = _shards(shapes, shard)
     generator = torch.Generator().manual_seed(seed)
     weight_map = {}
     for number, names in enumerate(shards, start=1):
@@ -95,10 +101,10 @@ def _tensors(model) -> dict[str, torch.Size]:
     return {name: p.shape for name, p in model.state_dict().items() if name not in tied}
 
 
-def _shards(shapes: Mapping[str, torch.Size]) -> list[list[str]]:
+def _shards(shapes: Mapping[str, torch.Size], most: int) -> list[list[str]]:
     shards, size = [[]], 0
     for name, shape in shapes.items():
-        if shards[-1] and size + 2 * shape.numel() > SHARD:
+        if shards[-1] and size + 2 * shape.numel() > most:
             shards.append([])
             size = 0
         shards[-1].append(name)
