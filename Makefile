@@ -10,6 +10,7 @@
 #   make backbone                             train the shipped sandbox backbone again, by its recipe
 #   make lab                                  JupyterLab on the notebooks
 #   make test, make lint                      what the continuous integration runs
+#   make fuzz                                 20,000 wrong patch files and checkpoints (FILES=200000)
 #   make clean                                delete all runs and caches (make distclean: .venv too)
 
 PYTHON ?= python3
@@ -21,12 +22,13 @@ SEEDS ?= 0 1 2 3 4
 RUN ?=
 BUDGET ?= quick
 JOBS ?= 2
+FILES ?= 20000
 TABLES ?= docs/experiment
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.spkit-installed
 
-.PHONY: walkthrough seeds experiment report publish backbone test lint lab clean distclean
+.PHONY: walkthrough seeds experiment report publish backbone test fuzz lint lab clean distclean
 
 # --nolock: a killed run would leave a lock behind, and the next one is to go on from there
 walkthrough: $(READY)
@@ -57,6 +59,10 @@ backbone: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest --cov
+
+# what is found is kept in outputs/fuzz
+fuzz: $(READY)
+	$(BIN)/python tests/fuzz_patchfile.py --files $(FILES) --keep outputs/fuzz
 
 lint: $(READY)
 	$(BIN)/ruff check .
