@@ -1,6 +1,6 @@
 """`spkit apply` against copying the checkpoint and against mergekit: time and peak memory.
 
-    .venv/bin/python benchmarks/apply.py                                        about two minutes
+    .venv/bin/python benchmarks/apply.py                                       about four minutes
     .venv/bin/python benchmarks/apply.py --mergekit mk/bin/mergekit-yaml --out apply.csv
 
 Random bf16 Llamas of 0.25, 0.5 and 1.1 B parameters are made on the spot, and for each a patch that

@@ -1,6 +1,6 @@
 """How large a patch file is for LLaMA-2-7B's shape, part by part, beside the entropy bound.
 
-    .venv/bin/python benchmarks/patch_size.py                  about a minute, 2 GB of memory
+    .venv/bin/python benchmarks/patch_size.py                  about a minute, 2.3 GB of memory
 
 One decoder layer of that shape is made with random weights; nothing is downloaded. Its 7 matrices
 get a patch drawn as the method draws it: top 3 % and top 2 % of random scores, difference sets,
