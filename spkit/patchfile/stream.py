@@ -14,6 +14,7 @@ import errno
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -42,6 +43,7 @@ from spkit.patchfile.encoding import blocks
 
 JOURNAL = "spkit-journal.jsonl"
 CHUNK = 4 * 2**20  # bytes copied at once
+_LOCAL = threading.local()
 MOST_THREADS = 4  # more gain nothing where the disk is the limit
 
 
@@ -210,8 +212,8 @@ def _edited(shard: Shard, name: str, edits: Edits, made: Path | None) -> Job:
                 if new:
                     new.seek(shard.new_places[name])
                 for _, length in blocks(prod(about["shape"])):
-                    bits = np.frombuffer(read_exactly(old, length * width.itemsize), dtype=width)
-                    bits = edit.block(bits)
+                    data = _read_into(old, _buffer(length * width.itemsize))
+                    bits = edit.block(np.frombuffer(data, dtype=width))
                     if new:
                         _write_all(new, bits.view(np.uint8).data)
             count = edit.close()
@@ -280,13 +282,25 @@ def _run(jobs: list[Job], workers: int, bar) -> int:
 def read_exactly(file, count: int) -> bytearray:
     """`count` bytes; SpkitError where the file ends before."""
     data = bytearray(count)
-    view, done = memoryview(data), 0
-    while done < count:
+    _read_into(file, memoryview(data))
+    return data
+
+
+def _read_into(file, view: memoryview) -> memoryview:
+    done = 0
+    while done < len(view):
         got = file.readinto(view[done:])
         if not got:
             raise SpkitError(f"{file.name} has become shorter while it was read.")
         done += got
-    return data
+    return view
+
+
+def _buffer(size: int) -> memoryview:
+    """This thread's own memory for one block: fresh memory for each would cost a fault a page."""
+    if len(getattr(_LOCAL, "data", b"")) < size:
+        _LOCAL.data = bytearray(size)
+    return memoryview(_LOCAL.data)[:size]
 
 
 def _write_all(file, data) -> None:
@@ -300,7 +314,7 @@ def _copy(source: Path, made: Path, first: int, to: int, count: int) -> tuple[in
         old.seek(first)
         new.seek(to)
         for start in range(0, count, CHUNK):
-            _write_all(new, read_exactly(old, min(CHUNK, count - start)))
+            _write_all(new, _read_into(old, _buffer(min(CHUNK, count - start))))
     return count, 0
 
 
@@ -376,7 +390,8 @@ def _resume(temporary: Path, about: Mapping) -> dict[str, int]:
     kinds = {"shard": str, "size": int, "count": int}  # of rows that we wrote
     rows = [row for row in rows if {key: type(value) for key, value in row.items()} == kinds]
     rows = {row["shard"]: row for row in rows if row["shard"] in about["source"]}
-    done = {n: row["count"] for n, row in rows.items() if _size(temporary / n) == row["size"]}
+    sizes = {name: _size(temporary / name) for name in rows}  # -1 where there is no such file
+    done = {n: row["count"] for n, row in rows.items() if row["size"] == sizes[n] >= 0}
     for path in temporary.iterdir():
         if path.name not in done and path != journal:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
