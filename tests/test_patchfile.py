@@ -718,6 +718,7 @@ def test_targets_without_a_name_of_their_own(backbone, patch, tmp_path, monkeypa
     apply(patch, backbone, ".")
     apply(patch, backbone, f"{tmp_path}/other/")
     assert plain.contents(made) == plain.contents(tmp_path / "other")
+    monkeypatch.chdir(tmp_path)  # the shell still stands in the empty folder, which is gone
     refuse("exists already", apply, patch, backbone, "/")
     refuse("exists already", apply, patch, backbone, "..")
 
