@@ -24,6 +24,7 @@ from random import Random
 
 import numpy as np
 import zstandard
+from blake3 import blake3
 
 from spkit.patchfile import encoding, file, floats, manifest
 from spkit.patchfile.make import About, make_patch
@@ -240,7 +241,7 @@ def heal(tree: dict, frames: dict, backbone: Files) -> None:
                     part[kept.positions], matrix.dtype, matrix.dtype
                 )
                 lost += n
-            record["after"], record["lost"] = hashlib.sha256(bits).hexdigest(), lost
+            record["after"], record["lost"] = blake3(bits).hexdigest(), lost
         except Exception:  # whatever is wrong with it is for the run to find
             continue
 

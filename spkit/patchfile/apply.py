@@ -3,11 +3,10 @@
     weight' = round(float32(weight) + value)     at the kept positions; all other bits are copied
 
 Before anything is written the whole patch is read and checked. While a tensor streams through, the
-SHA-256 of what comes in must be the one that the patch was made for, and that of what goes out the
-one that the patch promises; otherwise nothing appears under the target's name.
+hash of what comes in must be the one that the patch was made for, and that of what goes out the one
+that the patch promises; otherwise nothing appears under the target's name.
 """
 
-import hashlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from spkit.checkpoint_files import headers, local_folder
 from spkit.errors import SpkitError
 from spkit.patchfile import floats
+from spkit.patchfile.encoding import TensorHash
 from spkit.patchfile.file import PatchFile
 from spkit.patchfile.manifest import wrong_tensor
 from spkit.patchfile.stream import stream
@@ -103,7 +103,7 @@ class Patching:
         self.matrix = patch.manifest.tensors[name]
         self.out = out or self.matrix.dtype
         self.kept = patch.kept(name)
-        self.before, self.after, self.lost = hashlib.sha256(), hashlib.sha256(), 0
+        self.before, self.after, self.lost = TensorHash(), TensorHash(), 0
 
     def block(self, bits: np.ndarray) -> np.ndarray:
         self.before.update(bits)

@@ -193,7 +193,7 @@ class Writer:
             raise SpkitError(f"{path}: {name!r} {what}.")
         self.blocks: list[Block] = []
         self.parts = {part: [] for part in PARTS}
-        self.before, self.after = hashlib.sha256(), hashlib.sha256()
+        self.before, self.after = encoding.TensorHash(), encoding.TensorHash()
         self.lost = 0
         return self.shape, self.dtype, self._weights(path, start + place["data_offsets"][0])
 

@@ -66,7 +66,7 @@ class Block(Strict):
 class Matrix(Strict):
     """One patched weight matrix.
 
-    shape: (out, in). dtype: the backbone's. before, after: SHA-256 of the tensor's bytes in the
+    shape: (out, in). dtype: the backbone's. before, after: BLAKE3 of the tensor's bytes in the
     backbone and patched. lost: kept deltas that change nothing in the backbone's dtype. values: the
     dtype in which they are stored. sha256: {part: of its bytes in this file}.
     """

@@ -4,10 +4,9 @@
     from the backbone, where that is at hand
 
 Subtracting the values would not do: a sum that was rounded cannot be undone. Whatever the way, the
-SHA-256 of every restored tensor must be the backbone's.
+hash of every restored tensor must be the backbone's.
 """
 
-import hashlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from spkit.checkpoint_files import local_folder, read_header, tensor_files
 from spkit.errors import SpkitError
 from spkit.patchfile import floats
 from spkit.patchfile.apply import check_fit
+from spkit.patchfile.encoding import TensorHash
 from spkit.patchfile.file import PatchFile
 from spkit.patchfile.manifest import wrong_tensor
 from spkit.patchfile.stream import read_exactly, stream
@@ -94,7 +94,7 @@ class Restoring:
     def __init__(self, patch: PatchFile, name: str):
         self.patch, self.name, self.matrix = patch, name, patch.manifest.tensors[name]
         self.kept = patch.kept(name)
-        self.now, self.restored = hashlib.sha256(), hashlib.sha256()
+        self.now, self.restored = TensorHash(), TensorHash()
 
     def block(self, bits: np.ndarray) -> np.ndarray:
         self.now.update(bits)
@@ -123,7 +123,7 @@ class Replacing:
         self.file = path.open("rb", buffering=0)
         tensors, start = read_header(self.file, path)
         self.file.seek(start + dict(tensors)[name]["data_offsets"][0])
-        self.now, self.restored = hashlib.sha256(), hashlib.sha256()
+        self.now, self.restored = TensorHash(), TensorHash()
 
     def block(self, bits: np.ndarray) -> np.ndarray:
         self.now.update(bits)

@@ -3,7 +3,6 @@
 Every answer is a row: what was compared, whether it agrees, and where it first does not.
 """
 
-import hashlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from spkit.checkpoint_files import About, headers, local_folder, tensor_files
 from spkit.errors import SpkitError
 from spkit.patchfile import floats
 from spkit.patchfile.apply import NOT_THE_BACKBONE, Patching, check_fit
+from spkit.patchfile.encoding import TensorHash
 from spkit.patchfile.file import PatchFile
 from spkit.patchfile.make import config_sha256, read_config
 from spkit.patchfile.manifest import wrong_tensor
@@ -119,10 +119,10 @@ def _checkpoint(patch: PatchFile, backbone: Path | None, folder: Path, how) -> l
 
 
 class Hashing:
-    """The edit that changes nothing and compares a tensor's SHA-256 with the patch's."""
+    """The edit that changes nothing and compares a tensor's hash with the patch's."""
 
     def __init__(self, patch: PatchFile, name: str, when: str):
-        self.patch, self.name, self.when, self.digest = patch, name, when, hashlib.sha256()
+        self.patch, self.name, self.when, self.digest = patch, name, when, TensorHash()
 
     def block(self, bits: np.ndarray) -> np.ndarray:
         self.digest.update(bits)
