@@ -105,8 +105,7 @@ def apply(
         overwrite=overwrite,
         progress=not (quiet or as_json),
     )
-    rows = asdict(done) | {"folder": done.folder or f"(dry run: {target} was not written)"}
-    _show(asdict(done) if as_json else rows, as_json)
+    _show_written(done, target, as_json)
 
 
 @command
@@ -138,8 +137,7 @@ def revert(
         overwrite=overwrite,
         progress=not (quiet or as_json),
     )
-    rows = asdict(done) | {"folder": done.folder or f"(dry run: {target} was not written)"}
-    _show(asdict(done) if as_json else rows, as_json)
+    _show_written(done, target, as_json)
 
 
 @command
@@ -290,6 +288,13 @@ def make(
 
 
 # ---- what is printed -----------------------------------------------------------------------------
+
+
+def _show_written(done, target: Path, as_json: bool) -> None:
+    rows = asdict(done)
+    if not as_json and done.folder is None:
+        rows["folder"] = f"(dry run: {target} was not written)"
+    _show(rows, as_json)
 
 
 def _show(rows: dict, as_json: bool) -> None:

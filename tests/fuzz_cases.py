@@ -326,7 +326,7 @@ def mutate_bytes(random: Random, data: bytes, other: bytes) -> bytes:
 
 
 def _lengths(length: int) -> list[int]:
-    around = [length + n for n in (-8, -1, 1, 8) if length + n >= 0]
+    around = [length + n for n in (-8, -1, 1, 8) if 0 <= length + n < 2**64]
     return [0, 1, 2, 7, 8, *around, 2**20, 2**31, 2**32, 2**63 - 8, 2**63, 2**64 - 8, 2**64 - 1]
 
 

@@ -26,6 +26,7 @@ KEPT = {
     37: "a key of the manifest moves the terminal's cursor",
     973: "a character that no terminal can show, in a shape",
     4821: "a message of 80,000 characters",
+    23441: "the same, by an index",
     494: "bytes behind an empty frame",
     2213: "an empty frame that is damaged",
     3716: "an empty frame with a wrong checksum",

@@ -88,13 +88,28 @@ def revert(
         )
 
 
-class Restoring:
-    """The edit of one tensor: put the originals that the patch carries back to their positions."""
+class _Undoing:
+    """What both edits compare: the tensor as it is with `after`, the restored one with `before`."""
 
     def __init__(self, patch: PatchFile, name: str):
         self.patch, self.name, self.matrix = patch, name, patch.manifest.tensors[name]
-        self.kept = patch.kept(name)
         self.now, self.restored = TensorHash(), TensorHash()
+
+    def compare(self, wrong: str) -> None:
+        """SpkitError; `wrong` says what is wrong where the restored tensor is."""
+        if self.now.hexdigest() != self.matrix.after:
+            what = "the checkpoint's weights are not what this patch makes of its backbone"
+            raise wrong_tensor(self.patch.path, self.name, what)
+        if self.restored.hexdigest() != self.matrix.before:
+            raise wrong_tensor(self.patch.path, self.name, wrong)
+
+
+class Restoring(_Undoing):
+    """The edit of one tensor: put the originals that the patch carries back to their positions."""
+
+    def __init__(self, patch: PatchFile, name: str):
+        super().__init__(patch, name)
+        self.kept = patch.kept(name)
 
     def block(self, bits: np.ndarray) -> np.ndarray:
         self.now.update(bits)
@@ -105,25 +120,19 @@ class Restoring:
 
     def close(self) -> int:
         next(self.kept, None)  # the patch's own digests
-        if self.now.hexdigest() != self.matrix.after:
-            what = "the checkpoint's weights are not what this patch makes of its backbone"
-            raise wrong_tensor(self.patch.path, self.name, what)
-        if self.restored.hexdigest() != self.matrix.before:
-            what = "its originals do not give the backbone's weights"
-            raise wrong_tensor(self.patch.path, self.name, what)
+        self.compare("its originals do not give the backbone's weights")
         return 0
 
 
-class Replacing:
+class Replacing(_Undoing):
     """The edit of one tensor: the backbone's own bytes."""
 
     def __init__(self, patch: PatchFile, name: str, backbone: Path):
-        self.patch, self.name, self.matrix = patch, name, patch.manifest.tensors[name]
+        super().__init__(patch, name)
         path = tensor_files(backbone)[name]
         self.file = path.open("rb", buffering=0)
         tensors, start = read_header(self.file, path)
         self.file.seek(start + dict(tensors)[name]["data_offsets"][0])
-        self.now, self.restored = TensorHash(), TensorHash()
 
     def block(self, bits: np.ndarray) -> np.ndarray:
         self.now.update(bits)
@@ -134,10 +143,5 @@ class Replacing:
 
     def close(self) -> int:
         self.file.close()
-        if self.now.hexdigest() != self.matrix.after:
-            what = "the checkpoint's weights are not what this patch makes of its backbone"
-            raise wrong_tensor(self.patch.path, self.name, what)
-        if self.restored.hexdigest() != self.matrix.before:
-            what = "the backbone's weights are not those that the patch was made for"
-            raise wrong_tensor(self.patch.path, self.name, what)
+        self.compare("the backbone's weights are not those that the patch was made for")
         return 0
