@@ -12,6 +12,7 @@ import hashlib
 import json
 import stat
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -24,6 +25,7 @@ from spkit.patchfile import encoding, floats
 from spkit.patchfile.manifest import PARTS, Block, Manifest, Matrix, read_manifest, wrong_tensor
 
 LONGEST_HEADER = 16 * 2**20  # bytes
+CHECKERS = 2  # threads that `check` decodes with; each holds one block
 MANIFEST, SHA256 = "spkit_patch", "spkit_patch_sha256"
 
 
@@ -133,9 +135,13 @@ class PatchFile:
 
     def check(self) -> None:
         """Read everything once: every frame, count, position and value; SpkitError if not right."""
-        for name in self.manifest.tensors:
-            for _ in self.kept(name):
+        with ThreadPoolExecutor(CHECKERS) as pool:
+            for _ in pool.map(self._check, self.manifest.tensors):
                 pass
+
+    def _check(self, name: str) -> None:
+        for _ in self.kept(name):
+            pass
 
 
 def layout(tensors: Mapping[str, Matrix]) -> dict[str, dict[str, tuple[int, int]]]:
