@@ -533,7 +533,8 @@ def run_many(
             for finding in outcome.findings:
                 tqdm.write(f"{number}: {finding}")
             if outcome.findings and keep:
-                keep_case(seed, number, outcome.findings, keep)
+                with contextlib.suppress(Exception):  # as it stands in the findings then
+                    keep_case(seed, number, outcome.findings, keep)
 
         if not workers:
             box = Box(Path(root, "box"))
@@ -588,7 +589,12 @@ def _work(connection, seed: int, numbers: list[int], root: Path) -> None:
     limit = mapped + 8 * BOUND  # address space, much of which threads reserve and never use
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     for number in numbers:
-        case = make_case(seed, number)
+        try:
+            case = make_case(seed, number)
+        except Exception as error:  # a fault of the fuzzer ends no long run, and is not passed over
+            what = f"the case cannot be made: {error!r}"
+            connection.send((number, Outcome(False, what, (what,), 0.0, 0)))
+            continue
         if number % 256 == 0:
             gc.collect()
         faulthandler.dump_traceback_later(2 * LIMIT * case.patience, exit=True)
