@@ -64,7 +64,7 @@ def tensor_files(folder: str | Path) -> dict[str, Path]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, SpkitError):
             raise
-        what = _brief(f"it lacks {error}" if isinstance(error, KeyError) else error)
+        what = brief(f"it lacks {error}" if isinstance(error, KeyError) else error)
         raise SpkitError(f"{folder} is no checkpoint in safetensors files: {what}") from None
 
 
@@ -119,7 +119,7 @@ def read_header(file: BinaryIO, path: Path) -> tuple[list[tuple[str, About]], in
         if 8 + len(text) + end != size:
             raise ValueError(f"{size - 8 - len(text)} bytes of data, {end} expected")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        what = _brief(f"it lacks {error}" if isinstance(error, KeyError) else error)
+        what = brief(f"it lacks {error}" if isinstance(error, KeyError) else error)
         raise SpkitError(f"{path} is no intact safetensors file: {what}") from None
     return tensors, 8 + len(text)
 
@@ -185,7 +185,7 @@ def _plain(name: Any) -> str:
     return name
 
 
-def _brief(what: object, longest: int = 500) -> str:
+def brief(what: object, longest: int = 500) -> str:
     """An error's text, which may quote a whole file."""
     text = str(what)
     return text if len(text) <= longest else text[:longest] + " ..."

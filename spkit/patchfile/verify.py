@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from spkit.checkpoint_files import About, headers, local_folder, tensor_files
+from spkit.checkpoint_files import About, brief, headers, local_folder, tensor_files
 from spkit.errors import SpkitError
 from spkit.patchfile import floats
 from spkit.patchfile.apply import NOT_THE_BACKBONE, Patching, check_fit
@@ -20,6 +20,7 @@ from spkit.patchfile.manifest import wrong_tensor
 from spkit.patchfile.stream import CHUNK, read_exactly, stream
 
 WHOLE = "the patch file is whole"
+LONGEST_DETAIL = 2_000  # characters; names of tensors are as long as a checkpoint likes
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def _tried(what: str, check, *args, **how) -> Finding:
         check(*args, **how)
         return Finding(what, True)
     except SpkitError as error:
-        return Finding(what, False, str(error))
+        return Finding(what, False, brief(error, LONGEST_DETAIL))
 
 
 def _backbone(patch: PatchFile, folder: Path, how) -> list[Finding]:
