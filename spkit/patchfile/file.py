@@ -22,6 +22,7 @@ import numpy as np
 from spkit.checkpoint_files import load_json, read_header_text
 from spkit.errors import SpkitError
 from spkit.patchfile import encoding, floats
+from spkit.patchfile.encoding import EMPTY
 from spkit.patchfile.manifest import PARTS, Block, Manifest, Matrix, read_manifest, wrong_tensor
 
 LONGEST_HEADER = 16 * 2**20  # bytes
@@ -170,6 +171,8 @@ def header(manifest_text: bytes, manifest: Manifest) -> bytes:
 def _decode(frames: Mapping[str, list[bytes]], block: Block, matrix: Matrix, length: int) -> Kept:
     """ValueError for whatever is not as the manifest says."""
     kept, own = block.kept, floats.BITS[matrix.dtype]
+    if not kept:
+        return _nothing(frames, block, own)
     (packed,) = frames["positions"]
     positions = encoding.unpack_positions(packed, block.encoding, kept, length)
     if matrix.values == "I8":
@@ -196,6 +199,15 @@ def _decode(frames: Mapping[str, list[bytes]], block: Block, matrix: Matrix, len
     if "originals" in frames:
         originals = encoding.unpack_values(frames["originals"], own, kept)
     return Kept(positions, deltas, (chosen, bits), originals)
+
+
+def _nothing(frames: Mapping[str, list[bytes]], block: Block, own: np.dtype) -> Kept:
+    """The block that keeps nothing. At once: a hostile file may have hundreds of thousands."""
+    if block.encoding != "gaps" or {b for part in frames.values() for b in part} != {EMPTY}:
+        raise ValueError("another frame than the empty one, where nothing is kept")
+    where, bits = np.empty(0, dtype=np.uint32), np.empty(0, dtype=own)
+    originals = bits if frames.get("originals") else None
+    return Kept(where, np.empty(0, dtype=np.float32), (where, bits), originals)
 
 
 def _require_finite(values: np.ndarray, what: str) -> None:
