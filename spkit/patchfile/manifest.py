@@ -203,10 +203,12 @@ def read_manifest(text: bytes) -> Manifest:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         where = ".".join(map(str, first["loc"]))[:200] or "as a whole"
-        where = where if where.isprintable() else repr(where)  # it goes to a terminal
-        raise ValueError(f"the manifest is wrong ({where}): {first['msg']}") from None
+        what = f"the manifest is wrong ({where}): {first['msg']}"
     except RecursionError:
-        raise ValueError("the manifest is nested too deeply") from None
+        what = "the manifest is nested too deeply"
+    # Raised here, so that it does not hold pydantic's error: that one holds the manifest and this
+    # frame in a circle that Python cannot free
+    raise ValueError(what)
 
 
 def _check_texts(tree: JsonValue) -> None:
