@@ -203,6 +203,7 @@ def read_manifest(text: bytes) -> Manifest:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         where = ".".join(map(str, first["loc"]))[:200] or "as a whole"
+        where = where if where.isprintable() else repr(where)
         what = f"the manifest is wrong ({where}): {first['msg']}"
     except RecursionError:
         what = "the manifest is nested too deeply"
