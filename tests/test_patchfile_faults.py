@@ -154,8 +154,8 @@ watched(store, "append", half_line)
 watched(store, "begin")
 watched(shutil, "copyfile", half_copy)
 watched(shutil, "rmtree")
-for name in ("replace", "posix_fallocate"):
-    watched(os, name)
+watched(stream, "_reserve")
+watched(os, "replace")
 for name in ("rename", "unlink", "mkdir"):
     watched(Path, name)
 
@@ -338,8 +338,8 @@ def test_two_at_once(good, tmp_path):
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 PLACES = {  # (where, its name, the number of the call that fails, shards that are done by then)
-    "room for a shard": (os, "posix_fallocate", 3, 2),
-    "a write": (stream, "_write_all", 2, 1),
+    "room for a shard": (stream, "_reserve", 3, 2),
+    "a write": (stream, "_write_all", 4, 1),
     "the journal": (store, "_lines", 3, 1),
     "the journal's beginning": (store, "_lines", 1, 0),
     "a configuration": (shutil, "copyfile", 1, 0),
