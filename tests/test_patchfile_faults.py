@@ -22,7 +22,7 @@ import pytest
 from spkit import store
 from spkit.checkpoint_files import INDEX, tensor_files
 from spkit.errors import SpkitError
-from spkit.patchfile import apply, revert, stream, verify
+from spkit.patchfile import apply, output, revert, stream, verify
 from spkit.patchfile.file import PatchFile
 
 apply, revert = (partial(f, progress=False) for f in (apply.apply, revert.revert))
@@ -56,13 +56,13 @@ def patch(good, tmp_path):
 @pytest.fixture
 def written(monkeypatch):
     """The names of the shards that are written from now on."""
-    names, whole = [], stream._write_shard
+    names, whole = [], stream.Writing._open
 
-    def write(shard, *args):
-        names.append(shard.path.name)
-        return whole(shard, *args)
+    def begin(writing):
+        names.append(writing.shard.path.name)
+        return whole(writing)
 
-    monkeypatch.setattr(stream, "_write_shard", write)
+    monkeypatch.setattr(stream.Writing, "_open", begin)
     return names
 
 
@@ -96,18 +96,23 @@ from threading import Lock
 from traceback import print_exc
 
 from spkit import store
-from spkit.patchfile import stream
+from spkit.patchfile import output, stream
 from spkit.patchfile.apply import apply
 
+output.LEAST = output.ALIGN  # small tensors go straight to the disk, too
 patch, source, target, before = map(Path, sys.argv[1:5])
 points = json.loads(sys.argv[5])
 calls = written = 0
 deadly, lock = None, Lock()
-write_shard = stream._write_shard
+begin = stream.Writing._open
 
 
 def half_write(file, data):
     file.write(memoryview(data)[: len(data) // 2])
+
+
+def half_pages(handle, data, place):
+    os.pwrite(handle, data[: len(data) // 2 // output.ALIGN * output.ALIGN], place)
 
 
 def half_copy(old, new):
@@ -144,17 +149,18 @@ def watched(owner, name, torn=None):
 def counted(*args):
     global written
     written += 1
-    return write_shard(*args)
+    return begin(*args)
 
 
-stream._write_shard = counted
-watched(stream, "_write_all", half_write)
+stream.Writing._open = counted
+watched(output, "_write_all", half_write)
+watched(os, "pwrite", half_pages)
 watched(stream, "_fsync")
 watched(store, "append", half_line)
 watched(store, "begin")
 watched(shutil, "copyfile", half_copy)
 watched(shutil, "rmtree")
-watched(stream, "_reserve")
+watched(output, "_reserve")
 watched(os, "replace")
 for name in ("rename", "unlink", "mkdir"):
     watched(Path, name)
@@ -227,7 +233,7 @@ def kill(files, tmp_path, points, before="/nothing"):
 def many(tmp_path_factory):
     """(backbone of twelve shards, a patch for every second one of them)."""
     root = tmp_path_factory.mktemp("many")
-    weights = plain.weights({f"layer.{i}.weight": (24, 40) for i in range(12)})
+    weights = plain.weights({f"layer.{i}.weight": (90, 80) for i in range(12)})
     deltas = plain.deltas(weights, list(weights)[::2])
     backbone = plain.save(root / "backbone", weights)
     return backbone, plain.patch(root / "patch.safetensors", backbone, deltas)
@@ -279,7 +285,7 @@ def test_what_was_put_aside_comes_back(good, tmp_path):
 def test_interrupted_by_hand(good, tmp_path, monkeypatch, written):
     """Ctrl-C comes while the third shard is written."""
     backbone, patch, right = good
-    whole = stream._reserve
+    whole = output._reserve
 
     def press(*args):
         whole(*args)
@@ -287,11 +293,13 @@ def test_interrupted_by_hand(good, tmp_path, monkeypatch, written):
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patched:
-        patched.setattr(stream, "_reserve", press)
+        patched.setattr(output, "_reserve", press)
         with pytest.raises(KeyboardInterrupt):
-            apply(patch, backbone, tmp_path / "made")
+            apply(patch, backbone, tmp_path / "made", threads=1)
     assert os.listdir(tmp_path) == [".tmp-made"]
-    done = written[:2]
+    journal = (tmp_path / ".tmp-made" / stream.JOURNAL).read_text().splitlines()[1:]
+    done = [json.loads(line)["shard"] for line in journal]
+    assert done[:2] == written[:2] and len(done) < SHARDS
     written.clear()
     apply(patch, backbone, tmp_path / "made")
     assert set(written) | set(done) == {path.name for path in tensor_files(backbone).values()}
@@ -302,14 +310,14 @@ def test_interrupted_by_hand(good, tmp_path, monkeypatch, written):
 
 HALTED = """
 import os, signal, sys
-from spkit.patchfile import stream
+from spkit.patchfile import output
 from spkit.patchfile.apply import apply
-whole = stream._reserve
+whole = output._reserve
 def halt(*args):
-    stream._reserve = whole
+    output._reserve = whole
     os.kill(os.getpid(), signal.SIGSTOP)
     whole(*args)
-stream._reserve = halt
+output._reserve = halt
 apply(*sys.argv[1:], progress=False)
 """
 
@@ -338,8 +346,8 @@ def test_two_at_once(good, tmp_path):
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 PLACES = {  # (where, its name, the number of the call that fails, shards that are done by then)
-    "room for a shard": (stream, "_reserve", 3, 2),
-    "a write": (stream, "_write_all", 4, 1),
+    "room for a shard": (output, "_reserve", 3, 2),
+    "a write": (output, "_write_all", 4, 1),
     "the journal": (store, "_lines", 3, 1),
     "the journal's beginning": (store, "_lines", 1, 0),
     "a configuration": (shutil, "copyfile", 1, 0),
@@ -383,7 +391,7 @@ from spkit.errors import SpkitError
 from spkit.patchfile.apply import apply
 resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
 try:
-    apply(*sys.argv[1:], progress=False)
+    apply(*sys.argv[1:], threads=1, progress=False)
 except SpkitError as error:
     sys.exit(str(error))
 """
@@ -441,9 +449,9 @@ def cut(good, tmp_path, monkeypatch, shards=3, **options):
     """A run that stops after so many shards; its target."""
     backbone, patch, _ = good
     with monkeypatch.context() as patched:
-        patched.setattr(stream, "_reserve", nth(shards + 1, FULL)(stream._reserve))
+        patched.setattr(output, "_reserve", nth(shards + 1, FULL)(output._reserve))
         with pytest.raises(SpkitError, match="the disk is full"):
-            apply(patch, backbone, tmp_path / "made", **options)
+            apply(patch, backbone, tmp_path / "made", threads=1, **options)
     return tmp_path / "made"
 
 
@@ -676,7 +684,7 @@ def test_a_patch_that_becomes_shorter_while_it_is_read(good, patch, tmp_path, mo
     def shorten(*args):
         os.truncate(patch, patch.stat().st_size // 2)
 
-    monkeypatch.setattr(stream, "_reserve", shorten)
+    monkeypatch.setattr(output, "_reserve", shorten)
     with pytest.raises(SpkitError, match=f"^{patch}, tensor '.*': the file has become shorter"):
         apply(patch, backbone, made)
     assert os.listdir(tmp_path) == [patch.name]
@@ -760,7 +768,7 @@ def test_a_shard_that_becomes_shorter_while_it_is_read(name, good, backbone, tmp
         if shard.stat().st_size > 1000:
             os.truncate(shard, 1000)
 
-    monkeypatch.setattr(stream, "_reserve", shorten)
+    monkeypatch.setattr(output, "_reserve", shorten)
     with pytest.raises(SpkitError, match=f"^{shard} has become shorter while it was read"):
         apply(patch, backbone, tmp_path / "made")
     assert os.listdir(tmp_path) == ["backbone"]

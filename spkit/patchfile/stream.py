@@ -15,12 +15,14 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -39,10 +41,10 @@ from spkit.errors import SpkitError
 from spkit.files import TEMPORARY, sync_folder_entry, write_error
 from spkit.patchfile import floats
 from spkit.patchfile.encoding import blocks
+from spkit.patchfile.output import Output, memory
 
 JOURNAL = "spkit-journal.jsonl"
 CHUNK = 4 * 2**20  # bytes copied at once
-_LOCAL = threading.local()
 MOST_THREADS = 4  # more gain nothing where the disk is the limit
 
 
@@ -58,6 +60,7 @@ class Edit(Protocol):
 
 Edits = Mapping[str, Callable[[], Edit]]  # {tensor name: makes its edit}
 Job = Callable[[], tuple[int, int]]  # returns (bytes done, the edit's count)
+Work = Callable[[Output], tuple[int, int]]  # the same, into this file
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,9 @@ def stream(
         total=total, desc=label, unit="B", unit_scale=True, disable=not progress, leave=False
     ) as bar:
         if target is None:
-            jobs = [_edited(s, name, edits, None) for s in shards for name in s.named(edits)]
+            jobs = [
+                partial(_edited, s, name, edits, None) for s in shards for name in s.named(edits)
+            ]
             return Streamed(total, _run(jobs, workers, bar))
         stamps = {path.name: list(_stamp(path)) for path in sorted({*files.values()})}
         about = {**identity, "dtype": dtype, "source": stamps}
@@ -112,17 +117,9 @@ def stream(
         size += sum(path.stat().st_size for path in other_files(source))
         with _target(target, about, source, size, overwrite) as (made, done):
             _copy_others(source, made, dtype, sum(s.new_size - s.new_start for s in shards))
-            with ThreadPoolExecutor(1) as syncer:  # the disk works while the next shard is made
-                synced: list[Future] = []
-                for shard in shards:
-                    name = shard.path.name
-                    if name in done:
-                        bar.update(shard.bytes)
-                    else:
-                        done[name] = _write_shard(shard, made / name, edits, dtype, workers, bar)
-                        synced.append(syncer.submit(_finish, made, name, done[name]))
-                for future in synced:
-                    future.result()
+            left = [shard for shard in shards if shard.path.name not in done]
+            bar.update(sum(shard.bytes for shard in shards if shard not in left))
+            done |= _write(left, made, edits, dtype, workers, bar)
     return Streamed(total, sum(done.values()))
 
 
@@ -174,71 +171,106 @@ class Shard:
         return sum(last - first for first, last in offsets)
 
 
-# ---- one shard -----------------------------------------------------------------------------------
+# ---- shards --------------------------------------------------------------------------------------
 
 
-class Output:
-    """One new shard, which several threads write into, one at a time.
+def _write(shards: list[Shard], made: Path, edits: Edits, dtype, workers: int, bar) -> dict:
+    """Write them all; returns {name: the edits' count}."""
+    with ThreadPoolExecutor(1) as syncer:  # the disk works while the next shard is made
+        writings = [Writing(shard, made, edits, dtype, syncer) for shard in shards]
+        # two at a time: a file takes the bytes of one thread only
+        pairs = [writings[i : i + 2] for i in range(0, len(writings), 2)]
+        jobs = [
+            job
+            for pair in pairs
+            for both in zip_longest(*(writing.jobs for writing in pair))
+            for job in both
+            if job
+        ]
+        try:
+            _run(jobs, workers, bar)
+            return {writing.shard.path.name: writing.finished() for writing in writings}
+        finally:
+            for writing in writings:
+                writing.close()
 
-    The system lets one thread at a time write into a file, and has the others wait for it at full
-    speed, on a core. With a lock they sleep, and the core goes to who reads, hashes or patches.
-    """
 
-    def __init__(self, file: BinaryIO, path: Path):
-        self._file, self._lock, self.path = file, threading.Lock(), path
+class Writing:
+    """One new shard: made by the first of its jobs to run, closed and synced behind the last."""
 
-    def write(self, data: memoryview, place: int) -> int:
-        """Write all of it at this place of the file; returns the place behind it."""
+    def __init__(self, shard: Shard, made: Path, edits: Edits, dtype: str | None, syncer: Executor):
+        self.shard, self._made, self._syncer = shard, made, syncer
+        self.jobs = [partial(self._job, work) for work in _works(shard, edits, dtype)]
+        self._left, self._count, self._lock = len(self.jobs), 0, threading.Lock()
+        self._output: Output | None = None
+        self._synced: Future | None = None
+
+    def _job(self, work: Work) -> tuple[int, int]:
         with self._lock:
-            self._file.seek(place)
-            _write_all(self._file, data)
-        return place + len(data)
+            if self._output is None:
+                self._output = self._open()
+        size, count = work(self._output)
+        with self._lock:
+            self._count += count
+            self._left -= 1
+            if not self._left:
+                self._output.finish()
+                name = self.shard.path.name
+                self._synced = self._syncer.submit(_finish, self._made, name, self._count)
+        return size, count
+
+    def _open(self) -> Output:
+        path = self._made / self.shard.path.name
+        path.unlink(missing_ok=True)  # of a run that was cut in it
+        output = Output(path, self.shard.new_size)
+        header = output.stretch(0)
+        header.write(np.frombuffer(self.shard.new_header, dtype=np.uint8))
+        header.close()
+        return output
+
+    def finished(self) -> int:
+        """Wait until it is synced and noted; returns the edits' count."""
+        self._synced.result()
+        return self._count
+
+    def close(self) -> None:
+        """Close the file, where it is open."""
+        if self._output is not None:
+            self._output.close()
 
 
-def _write_shard(shard: Shard, made: Path, edits: Edits, dtype, workers: int, bar) -> int:
-    made.unlink(missing_ok=True)  # of a run that was cut in it
-    with made.open("xb", buffering=0) as file:
-        _reserve(file, shard.new_size)
-        output = Output(file, made)
-        output.write(memoryview(shard.new_header), 0)
-        return _run(_jobs(shard, output, edits, dtype), workers, bar)
-
-
-def _jobs(shard: Shard, output: Output, edits: Edits, dtype: str | None) -> list[Job]:
-    jobs: list[Job] = []
+def _works(shard: Shard, edits: Edits, dtype: str | None) -> list[Work]:
+    """What is to be done for the shard, each part by one thread."""
     edits = dict(edits)
     if dtype is not None:
         for name, about in shard.tensors:
             if name not in edits and about["dtype"] in floats.BITS and about["dtype"] != dtype:
                 edits[name] = lambda a=about, n=name: Convert(a["dtype"], dtype, shard.path, n)
-    for first, last, new in _untouched(shard, edits):
-        jobs.append(lambda f=first, n=last - first, to=new: _copy(shard.path, output, f, to, n))
-    for name in shard.named(edits):
-        jobs.append(_edited(shard, name, edits, output))
-    return jobs
+    works = [partial(_copy, shard.path, *run) for run in _untouched(shard, edits)]
+    works += [partial(_edited, shard, name, edits) for name in shard.named(edits)]
+    return works or [lambda output: (0, 0)]  # a file may hold no tensor
 
 
-def _edited(shard: Shard, name: str, edits: Edits, output: Output | None) -> Job:
-    """A job: one tensor through its edit, block by block."""
-
-    def job() -> tuple[int, int]:
-        about = shard.about[name]
-        if about["dtype"] not in floats.BITS:
-            known = ", ".join(floats.BITS)
-            what = f"{shard.path}: {name!r} is {about['dtype']}; a patch needs one of {known}."
-            raise SpkitError(what)
-        edit, width = edits[name](), floats.BITS[about["dtype"]]
-        place = shard.new_places[name]
-        with shard.path.open("rb", buffering=0) as old:
-            old.seek(shard.places[name])
-            for _, length in blocks(prod(about["shape"])):
-                data = _read_into(old, _buffer(length * width.itemsize))
-                bits = edit.block(np.frombuffer(data, dtype=width))
-                if output:
-                    place = output.write(bits.view(np.uint8).data, place)
-        return about["data_offsets"][1] - about["data_offsets"][0], edit.close()
-
-    return job
+def _edited(shard: Shard, name: str, edits: Edits, output: Output | None) -> tuple[int, int]:
+    """One tensor through its edit, block by block."""
+    about = shard.about[name]
+    if about["dtype"] not in floats.BITS:
+        known = ", ".join(floats.BITS)
+        what = f"{shard.path}: {name!r} is {about['dtype']}; a patch needs one of {known}."
+        raise SpkitError(what)
+    edit, width = edits[name](), floats.BITS[about["dtype"]]
+    out = output.stretch(shard.new_places[name]) if output else None
+    with shard.path.open("rb", buffering=0) as old:
+        old.seek(shard.places[name])
+        for _, length in blocks(prod(about["shape"])):
+            size = length * width.itemsize
+            data = _read_into(old, out.room(size) if out else memory(0, size))
+            bits = edit.block(np.frombuffer(data, dtype=width))
+            if out:
+                out.write(bits.view(np.uint8))
+    if out:
+        out.close()
+    return about["data_offsets"][1] - about["data_offsets"][0], edit.close()
 
 
 class Convert:
@@ -261,7 +293,7 @@ class Convert:
 
 
 def _untouched(shard: Shard, edits: Edits) -> Iterator[tuple[int, int, int]]:
-    """(first, last, place in the new file) of the longest runs of bytes without an edit."""
+    """(first byte, number, place in the new file) of the longest runs of bytes without an edit."""
     run = None
     for name, about in shard.tensors:
         first, size = shard.places[name], about["data_offsets"][1] - about["data_offsets"][0]
@@ -270,8 +302,8 @@ def _untouched(shard: Shard, edits: Edits) -> Iterator[tuple[int, int, int]]:
                 yield run
             run = None
         else:
-            begin, place = (run[0], run[2]) if run else (first, shard.new_places[name])
-            run = (begin, first + size, place)
+            begin, count, place = run or (first, 0, shard.new_places[name])
+            run = (begin, count + size, place)
     if run:
         yield run
 
@@ -281,8 +313,19 @@ def _run(jobs: list[Job], workers: int, bar) -> int:
 
     After the first error, or Ctrl-C, those that have not begun are dropped.
     """
+    failed = threading.Event()
+
+    def guarded(job: Job) -> tuple[int, int]:
+        if failed.is_set():
+            return 0, 0
+        try:
+            return job()
+        except BaseException:
+            failed.set()
+            raise
+
     with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(job) for job in jobs]
+        futures = [pool.submit(guarded, job) for job in jobs]
         total = 0
         try:
             for future in futures:
@@ -291,6 +334,7 @@ def _run(jobs: list[Job], workers: int, bar) -> int:
                 total += count
             return total
         except BaseException:
+            failed.set()
             pool.shutdown(wait=True, cancel_futures=True)
             raise
 
@@ -312,33 +356,15 @@ def _read_into(file, view: memoryview) -> memoryview:
     return view
 
 
-def _buffer(size: int) -> memoryview:
-    """This thread's own memory for one block: fresh memory for each would cost a fault a page."""
-    if len(getattr(_LOCAL, "data", b"")) < size:
-        _LOCAL.data = bytearray(size)
-    return memoryview(_LOCAL.data)[:size]
-
-
-def _write_all(file: BinaryIO, data: memoryview) -> None:
-    while len(data):
-        data = data[file.write(data) :]
-
-
-def _copy(source: Path, output: Output, first: int, to: int, count: int) -> tuple[int, int]:
+def _copy(source: Path, first: int, count: int, place: int, output: Output) -> tuple[int, int]:
+    out = output.stretch(place)
     with source.open("rb", buffering=0) as old:
         old.seek(first)
         for start in range(0, count, CHUNK):
-            to = output.write(_read_into(old, _buffer(min(CHUNK, count - start))), to)
+            data = _read_into(old, out.room(min(CHUNK, count - start)))
+            out.write(np.frombuffer(data, dtype=np.uint8))
+    out.close()
     return count, 0
-
-
-def _reserve(file: BinaryIO, size: int) -> None:
-    """Give the file its size. That there is room was looked at before (`_target`).
-
-    Taking it here, with posix_fallocate, doubled the time of `apply` on ext4: what is written into
-    such room has to be turned into data when it is synced.
-    """
-    file.truncate(size)
 
 
 # ---- the target ----------------------------------------------------------------------------------
