@@ -3,10 +3,11 @@
     temporary folder -> shard after shard, each synced and noted in a journal -> rename
 
 In memory are a few blocks of 2 million weights, whatever the size of tensors and model. Headers and
-untouched tensors are copied as bytes. Several threads work on one shard, each on another tensor.
+untouched tensors are copied as bytes. Several threads work, each on another tensor, in two shards
+at a time. How bytes reach the disk is output.py's part.
 
 A killed or failed run leaves the temporary folder beside the target, never the target itself; the
-same command goes on behind the last shard that the journal names. What the edits do is not known
+same command goes on with the shards that the journal does not name. What the edits do is not known
 here (apply.py, revert.py, verify.py).
 """
 
@@ -19,7 +20,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
@@ -60,7 +61,7 @@ class Edit(Protocol):
 
 Edits = Mapping[str, Callable[[], Edit]]  # {tensor name: makes its edit}
 Job = Callable[[], tuple[int, int]]  # returns (bytes done, the edit's count)
-Work = Callable[[Output], tuple[int, int]]  # the same, into this file
+Work = Callable[[Output], tuple[int, int]]  # the same, once there is a file to write into
 
 
 @dataclass(frozen=True)
@@ -178,21 +179,22 @@ def _write(shards: list[Shard], made: Path, edits: Edits, dtype, workers: int, b
     """Write them all; returns {name: the edits' count}."""
     with ThreadPoolExecutor(1) as syncer:  # the disk works while the next shard is made
         writings = [Writing(shard, made, edits, dtype, syncer) for shard in shards]
-        # two at a time: a file takes the bytes of one thread only
-        pairs = [writings[i : i + 2] for i in range(0, len(writings), 2)]
-        jobs = [
-            job
-            for pair in pairs
-            for both in zip_longest(*(writing.jobs for writing in pair))
-            for job in both
-            if job
-        ]
         try:
-            _run(jobs, workers, bar)
+            _run(_in_turns([writing.jobs for writing in writings]), workers, bar)
             return {writing.shard.path.name: writing.finished() for writing in writings}
         finally:
             for writing in writings:
                 writing.close()
+
+
+def _in_turns(shards: list[list[Job]]) -> list[Job]:
+    """The jobs of two shards in turns, then of the next two: a file takes one thread at a time.
+
+    Not of all shards: a run that is killed begins again with those that were not finished.
+    """
+    pairs = [shards[i : i + 2] for i in range(0, len(shards), 2)]
+    turns = chain.from_iterable(zip_longest(*pair) for pair in pairs)
+    return [job for turn in turns for job in turn if job]
 
 
 class Writing:
