@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -291,6 +292,7 @@ def test_interrupted_by_hand(good, tmp_path, monkeypatch, written):
         whole(*args)
         if len(written) == 3:
             os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)  # the main thread hears of it while this shard is on its way
 
     with monkeypatch.context() as patched:
         patched.setattr(output, "_reserve", press)
