@@ -25,6 +25,7 @@ from spkit.checkpoint_files import INDEX, tensor_files
 from spkit.errors import SpkitError
 from spkit.patchfile import apply, output, revert, stream, verify
 from spkit.patchfile.file import PatchFile
+from spkit.patchfile.target import JOURNAL
 
 apply, revert = (partial(f, progress=False) for f in (apply.apply, revert.revert))
 verify = partial(verify.verify, progress=False)
@@ -98,6 +99,7 @@ from traceback import print_exc
 
 from spkit import store
 from spkit.patchfile import output, stream
+from spkit.patchfile import target as target_folder
 from spkit.patchfile.apply import apply
 
 output.LEAST = output.ALIGN  # small tensors go straight to the disk, too
@@ -156,7 +158,7 @@ def counted(*args):
 stream.Writing._open = counted
 watched(output, "_write_all", half_write)
 watched(os, "pwrite", half_pages)
-watched(stream, "_fsync")
+watched(target_folder, "_fsync")
 watched(store, "append", half_line)
 watched(store, "begin")
 watched(shutil, "copyfile", half_copy)
@@ -299,7 +301,7 @@ def test_interrupted_by_hand(good, tmp_path, monkeypatch, written):
         with pytest.raises(KeyboardInterrupt):
             apply(patch, backbone, tmp_path / "made", threads=1)
     assert os.listdir(tmp_path) == [".tmp-made"]
-    journal = (tmp_path / ".tmp-made" / stream.JOURNAL).read_text().splitlines()[1:]
+    journal = (tmp_path / ".tmp-made" / JOURNAL).read_text().splitlines()[1:]
     done = [json.loads(line)["shard"] for line in journal]
     assert done[:2] == written[:2] and len(done) < SHARDS
     written.clear()
@@ -507,7 +509,7 @@ def test_a_torn_journal(good, tmp_path, monkeypatch, written):
     """Cut anywhere, it names only what is whole."""
     backbone, patch, right = good
     made = cut(good, tmp_path, monkeypatch)
-    journal = leftover(made) / stream.JOURNAL
+    journal = leftover(made) / JOURNAL
     kept = Path(shutil.copytree(leftover(made), tmp_path / "kept"))
     text = journal.read_bytes()
     for length in (0, 5, text.index(b"\n"), text.index(b"\n") + 9, len(text) - 1):
@@ -548,7 +550,7 @@ def test_links_in_the_temporary_folder(good, tmp_path, monkeypatch):
     made = cut(good, tmp_path, monkeypatch)
     folder = leftover(made)
     names = sorted(path.name for path in backbone.glob("*.safetensors"))
-    for name in (names[0], names[-1], "config.json", stream.JOURNAL):
+    for name in (names[0], names[-1], "config.json", JOURNAL):
         size = (folder / name).stat().st_size if (folder / name).is_file() else 10
         (outside / name).write_bytes(b"x" * size)
         (folder / name).unlink(missing_ok=True)
@@ -580,7 +582,7 @@ def test_a_journal_that_names_what_it_should_not(good, tmp_path, monkeypatch, wr
         {"shard": names[-1], "size": -1, "count": 0},
         {},
     ]
-    store.append(leftover(made) / stream.JOURNAL, rows)
+    store.append(leftover(made) / JOURNAL, rows)
     written.clear()
     apply(patch, backbone, made)
     assert len(written) == SHARDS - 3
