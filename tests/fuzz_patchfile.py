@@ -274,7 +274,7 @@ def _calls(case: Case, box: Box, patch: Path, backbone: Path) -> tuple[bool, str
     target = box.target if case.write else None
     if target is not None and case.overwrite:
         target.mkdir()
-        (target / "old").write_bytes(b"old")
+        (target / "old.safetensors").write_bytes(b"old")
     applied = _try(
         case,
         "apply",
@@ -288,7 +288,7 @@ def _calls(case: Case, box: Box, patch: Path, backbone: Path) -> tuple[bool, str
             case.findings += _wrong_result(case, backbone, target)
         else:
             old = [path.name for path in target.iterdir()] if target.exists() else []
-            if old != (["old"] if case.overwrite else []):
+            if old != (["old.safetensors"] if case.overwrite else []):
                 case.findings.append(f"under the target's name after an error: {old}")
     checkpoint = {"patched": box.root / "valid" / f"{case.valid}-patched", "backbone": backbone}
     checkpoint["result"] = target if accepted else None

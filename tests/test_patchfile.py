@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -687,6 +688,31 @@ def test_a_target_that_exists(backbone, patch, tmp_path):
         options = {"overwrite": overwrite}
         refuse("file exists already", apply, patch, backbone, tmp_path / "file", **options)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_overwriting_replaces_checkpoints_only(backbone, patch, tmp_path, monkeypatch):
+    """What was there is deleted as a whole, so it must not be a folder of anything else."""
+    home = tmp_path / "home"
+    shutil.copytree(backbone, home / "models" / "backbone")
+    (home / "model.safetensors").write_bytes(b"mine")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "thesis.txt").write_text("mine")
+    made = Path(shutil.copytree(backbone, tmp_path / "made"))
+    inner = Path(shutil.copy(patch, made / "patch.safetensors"))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    options = {"overwrite": True}
+    refuse("no safetensors file", apply, patch, backbone, tmp_path / "texts", **options)
+    refuse("the folder 'models'", apply, patch, backbone, home, **options)
+    refuse("is in it", apply, patch, home / "models" / "backbone", home, **options)
+    refuse("is in it", apply, inner, backbone, made, **options)
+    apply(inner, backbone, tmp_path / "patched")
+    refuse("is in it", revert, inner, tmp_path / "patched", made, backbone=backbone, **options)
+    for folder in (made, tmp_path):
+        monkeypatch.chdir(folder)
+        refuse("is in it", apply, patch, backbone, ".", **options)
+    refuse("is in it", apply, patch, backbone, "/", **options)
+    shutil.rmtree(tmp_path / "patched")
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
 def test_a_target_that_is_a_link(backbone, patch, tmp_path):

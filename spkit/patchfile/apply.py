@@ -61,7 +61,7 @@ def apply(
     backbone: a local checkpoint, or a hub id; revision: that on the hub, by default the one in the
     patch. dtype: "bfloat16", "float16" or
     "float32" for all float tensors of the target; None: as they are. threads: None chooses.
-    overwrite: replace a target that exists, as a whole and at the end.
+    overwrite: replace a checkpoint that exists, as a whole and at the end.
     Equal bit for bit to composing in memory (patching.add_delta with the patch's values).
     SpkitError names the file and the tensor where patch and backbone do not fit, or are damaged.
     """
@@ -79,6 +79,7 @@ def apply(
             dtype=out,
             threads=threads,
             overwrite=overwrite,
+            inputs=[patch],
             progress=progress,
         )
         return Applied(

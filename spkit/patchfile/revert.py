@@ -75,6 +75,7 @@ def revert(
             identity={"command": "revert", "patch": opened.id},
             threads=threads,
             overwrite=overwrite,
+            inputs=[patch] if backbone is None else [patch, folder],
             progress=progress,
             label="revert",
         )

@@ -13,7 +13,7 @@ What this file does not do: know the edits (apply.py, revert.py, verify.py), how
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -68,6 +68,7 @@ def stream(
     dtype: str | None = None,
     threads: int | None = None,
     overwrite: bool = False,
+    inputs: Sequence[str | Path] = (),
     progress: bool = True,
     label: str = "apply",
 ) -> Streamed:
@@ -75,7 +76,8 @@ def stream(
 
     identity: what decides the result besides the source's files; a journal with another one is not
     gone on from. dtype: of all float tensors in the target (then edits give that one's bits).
-    overwrite: whether a target that exists is replaced, in the end and as a whole.
+    overwrite: whether a checkpoint that is there is replaced, in the end and as a whole. inputs:
+    what else is read, and must not be in it.
     SpkitError where the source is no checkpoint, where
     an edited tensor is missing, and where the target cannot be written.
     """
@@ -103,7 +105,10 @@ def stream(
         about = {**identity, "dtype": dtype, "source": stamps}
         size = sum(shard.new_size for shard in shards)
         size += sum(path.stat().st_size for path in other_files(source))
-        with new_folder(target, about, source, size, overwrite) as (made, done):
+        with new_folder(target, about, (source, *map(Path, inputs)), size, overwrite) as (
+            made,
+            done,
+        ):
             copy_others(source, made, dtype, sum(s.new_size - s.new_start for s in shards))
             left = [shard for shard in shards if shard.path.name not in done]
             bar.update(sum(shard.bytes for shard in shards if shard not in left))

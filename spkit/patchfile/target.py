@@ -10,7 +10,7 @@ The next run with the same inputs goes on from the journal; one with others begi
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,22 +24,28 @@ JOURNAL = "spkit-journal.jsonl"
 
 
 @contextmanager
-def new_folder(target: str | Path, about: Mapping, source: Path, size: int, overwrite: bool):
+def new_folder(
+    target: str | Path, about: Mapping, inputs: Sequence[Path], size: int, overwrite: bool
+):
     """(temporary folder, {shard finished in it: its count}); in the end it becomes `target`.
+
+    about: what decides the result. inputs: what must not be replaced; the first one is the
+    checkpoint that is read. size: bytes that will be written. overwrite: whether `target` may be a
+    checkpoint that is replaced.
 
     After a SpkitError (a wrong tensor) the temporary folder is deleted. After anything else, such
     as a full disk or Ctrl-C, it stays for the next run.
     """
     target = Path(os.path.abspath(target))  # "." has no name
     temporary = target.parent / (TEMPORARY + target.name)
-    if target.resolve() == source.resolve():
+    if target.resolve() == inputs[0].resolve():
         raise SpkitError(f"{target} is the checkpoint itself: choose another folder.")
     aside = target.parent / f"{TEMPORARY}old-{target.name}"
     if aside.is_dir() and not aside.is_symlink():  # a run was killed between the two renames
         shutil.rmtree(aside) if target.exists() else aside.rename(target)
     full = target.is_symlink() or (target.exists() and not _is_empty_folder(target))
-    if full and (target.is_symlink() or not target.is_dir() or not overwrite):
-        raise SpkitError(f"{target} exists already: choose another folder, or delete it.")
+    if full:
+        _require_replaceable(target, inputs, overwrite)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if temporary.is_symlink() or temporary.is_file():
@@ -65,11 +71,32 @@ def new_folder(target: str | Path, about: Mapping, source: Path, size: int, over
         cause = error.__cause__ if isinstance(error, SpkitError) else error
         if isinstance(cause, OSError):  # the journal's, too
             advice = "choose another place"
-            advice += f"; {temporary.name} holds what the same command goes on from"
+            advice += f"; {temporary} holds what the same command goes on from"
             raise write_error(target, cause, advice) from cause
         if not isinstance(error, _Busy):
             shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _require_replaceable(target: Path, inputs: Sequence[Path], overwrite: bool) -> None:
+    """SpkitError unless `target` is a checkpoint's folder that may be deleted as a whole."""
+    if target.is_symlink() or not target.is_dir():
+        raise SpkitError(f"{target} exists already and is no folder: choose another one.")
+    if not overwrite:
+        what = "choose another folder, or overwrite it (--overwrite)"
+        raise SpkitError(f"{target} exists already: {what}.")
+    for path in (*inputs, Path.cwd()):
+        if path.resolve().is_relative_to(target.resolve()):
+            raise SpkitError(
+                f"{target} exists already, and {path} is in it: choose another folder."
+            )
+    folders = sorted(path.name for path in target.iterdir() if path.is_dir())
+    if folders or not any(path.suffix == ".safetensors" for path in target.iterdir()):
+        what = f"it has the folder {folders[0]!r}" if folders else "it has no safetensors file"
+        raise SpkitError(
+            f"{target} exists already and is no checkpoint ({what}), so it is not overwritten: "
+            "choose another folder, or delete it."
+        )
 
 
 def _resume(temporary: Path, about: Mapping) -> dict[str, int]:
