@@ -9,6 +9,7 @@ memory for any tensor.
 """
 
 import json
+import re
 import stat
 from math import prod
 from pathlib import Path
@@ -35,6 +36,11 @@ def local_folder(source: str | Path, revision: str | None = None) -> Path:
     """The folder of a checkpoint: a local one, or the hub's, downloaded into the hub's cache."""
     if Path(source).is_dir():
         return Path(source)
+    if Path(source).exists():
+        raise SpkitError(f"The checkpoint {source} is a file: give the folder that it is in.")
+    if not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", str(source)):
+        what = "there is no such folder, and it is no hub id (owner/name)"
+        raise SpkitError(f"The checkpoint {str(source)!r} cannot be read: {what}.")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

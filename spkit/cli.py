@@ -28,6 +28,8 @@ from rich.table import Column, Table
 from spkit.errors import SpkitError
 
 DONE, FAILED, NO, INTERRUPTED = 0, 1, 3, 130
+WHOLE = ("patch", "folder", "path", "card", "D_h fingerprint")  # ids and paths
+FIGURES = (".png", ".svg", ".pdf")
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -44,7 +46,7 @@ Revision = Annotated[
 ]
 Target = Annotated[Path, typer.Argument(help="the new folder; nothing is there until it is whole")]
 Threads = Annotated[int | None, typer.Option(min=1, max=64, help="default: up to 4")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace a target that exists")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what is there already")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="read and check everything, write nothing")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress bar")]
 Json = Annotated[bool, typer.Option("--json", help="the result as JSON; no progress bar")]
@@ -151,6 +153,8 @@ def inspect(
     """What a patch is, how much it changes, and where."""
     from spkit.patchfile.inspect import inspect as run
 
+    if figure is not None and figure.suffix not in FIGURES:
+        raise SpkitError(f"{figure} cannot be written: a figure ends with {', '.join(FIGURES)}")
     found = run(patch)
     if figure is not None:
         from spkit.files import atomic
@@ -215,12 +219,14 @@ def stack(
     backbone: Annotated[str, typer.Option(help="what the first one was made for")],
     revision: Revision = None,
     revertible: Revertible = False,
+    overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Several patches, each made on what the last one left, as one patch for the backbone."""
     from spkit.patchfile.stack import stack as run
 
+    _require_free(target, overwrite, patches)
     options = {"revision": revision, "revertible": revertible}
     done = run(patches, backbone, target, progress=not (quiet or as_json), **options)
     rows = {key: value for key, value in vars(done).items() if key != "overlaps"}
@@ -257,6 +263,7 @@ def make(
     revertible: Revertible = False,
     run_name: Annotated[str | None, typer.Option(help="instead of that of the params file")] = None,
     seed: Annotated[int | None, typer.Option(help="instead of that of the params file")] = None,
+    overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -266,6 +273,7 @@ def make(
     """
     if values not in ("exact", "bfloat16", "int8"):
         raise SpkitError(f"unknown values {values!r}, allowed: exact, bfloat16, int8")
+    _require_free(target, overwrite)
     from spkit.config import load_params
     from spkit.patchfile.from_run import make_from_run
 
@@ -287,6 +295,14 @@ def make(
     _show(rows, as_json)
 
 
+def _require_free(target: Path, overwrite: bool, inputs: list[Path] = ()) -> None:
+    """SpkitError where a file would be lost."""
+    if any(target.resolve() == path.resolve() for path in inputs):
+        raise SpkitError(f"{target} is one of the patches: choose another name.")
+    if target.exists() and not (overwrite and target.is_file()):
+        raise SpkitError(f"{target} exists already: choose another name, or --overwrite a file.")
+
+
 # ---- what is printed -----------------------------------------------------------------------------
 
 
@@ -302,10 +318,15 @@ def _show(rows: dict, as_json: bool) -> None:
         print(json.dumps(rows))
         return
     table = Table(Column(), Column(overflow="fold"), show_header=False)
+    console = Console()
     for key, value in rows.items():
+        if key in WHOLE:  # to be compared and copied: never broken
+            console.print(f"{key} {'' if value is None else value}", soft_wrap=True, markup=False)
+            continue
         text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
         table.add_row(key, escape("" if text is None else str(text)))
-    Console().print(table)
+    if table.row_count:
+        console.print(table)
 
 
 def _frame(frame) -> None:

@@ -457,7 +457,21 @@ def test_a_local_folder_is_itself(tmp_path):
     assert local_folder(tmp_path) == local_folder(str(tmp_path)) == tmp_path
 
 
-@pytest.mark.parametrize("source", ["nobody/nothing-at-all", "no such/name/at all", "/no/folder"])
+@pytest.mark.parametrize("source", ["no such/name/at all", "/no/folder", "./nope", "a/b/c", ""])
+def test_what_is_neither_a_folder_nor_an_id(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SpkitError, match="there is no such folder, and it is no hub id") as caught:
+        local_folder(source or "~")
+    assert repr(source or "~") in str(caught.value)
+
+
+def test_a_file_where_a_folder_is_needed(tmp_path):
+    (tmp_path / SINGLE).touch()
+    with pytest.raises(SpkitError, match=f"{SINGLE} is a file: give the folder that it is in"):
+        local_folder(tmp_path / SINGLE)
+
+
+@pytest.mark.parametrize("source", ["nobody/nothing-at-all", "nothing-at-all"])
 @pytest.mark.parametrize("way", ["offline", "unreachable"])
 def test_an_unknown_id_without_a_network(source, way, tmp_path, monkeypatch):
     from huggingface_hub import constants

@@ -375,7 +375,8 @@ def test_a_dry_run_counts_the_same_and_writes_nothing(backbone, patch, tmp_path)
         same = ("patch", "tensors", "kept", "lost", "dtype")
         assert {key: dry[key] for key in same} == {key: real[key] for key in same}
         assert dry["folder"] is None and real["folder"] == str(tmp_path / "made")
-        assert real["bytes"] == sum(tensor.nbytes for tensor in plain.weights().values())
+        made = plain.contents(tmp_path / "made").values()
+        assert abs(real["bytes"] - sum(map(len, made))) < 100  # JSON that is written anew
         touched = sum(plain.weights()[name].nbytes for name in plain.TOUCHED)
         assert dry["bytes"] == touched
         there = sorted(os.listdir(tmp_path))

@@ -1,7 +1,9 @@
 """The command line of patch files, and what inspect and card tell, on a tiny checkpoint."""
 
 import json
+import os
 import re
+import shutil
 from math import log2
 
 import numpy as np
@@ -160,6 +162,46 @@ def test_an_error_is_one_sentence_and_exit_code_1(place, tmp_path):
     assert re.search(r"error: .*none\.safetensors cannot be read as a patch: No such", done.stderr)
     code, done = as_json(*arguments)
     assert code == 1 and list(done) == ["error"]
+
+
+def test_a_file_that_is_there_is_not_replaced_unasked(place, tmp_path):
+    """By stack and make; and no patch is replaced by a stack of itself."""
+    (tmp_path / "notes.txt").write_text("mine")
+    patches = [tmp_path / "p.safetensors", tmp_path / "q.safetensors"]
+    for patch in patches:
+        shutil.copy(place / patch.name, patch)
+    stack = ["stack", tmp_path / "notes.txt", *patches, "--backbone", place / "base"]
+    make = ["make", "params/sandbox.yaml", tmp_path / "notes.txt"]
+    for command in (stack, make):
+        code, said = as_json(*command)
+        assert code == 1 and "notes.txt exists already" in said["error"]
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert as_json("stack", patches[0], *stack[2:], "--overwrite")[0] == 1
+    assert patches[0].read_bytes() == (place / "p.safetensors").read_bytes()
+    assert as_json(*stack, "--overwrite")[0] == 0
+    assert as_json("verify", tmp_path / "notes.txt", "--backbone", place / "base")[0] == 0
+
+
+def test_a_figure_that_cannot_be_drawn(place, tmp_path):
+    code, said = as_json("inspect", place / "p.safetensors", "--figure", tmp_path / "map.xyz")
+    assert code == 1 and said["error"].endswith("a figure ends with .png, .svg, .pdf")
+    assert not os.listdir(tmp_path)
+
+
+def test_ids_are_printed_on_one_line(place, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    code, said = as_json("inspect", place / "p.safetensors")
+    lines = run("inspect", place / "p.safetensors").output.splitlines()
+    assert f"patch {said['summary']['patch']}" in lines
+
+
+def test_a_checkpoint_of_another_dtype_says_what_to_do(place, tmp_path):
+    made = tmp_path / "made"
+    assert run("apply", place / "r.safetensors", place / "base", made, "--dtype", "float32")
+    code, said = as_json("verify", place / "r.safetensors", "--checkpoint", made)
+    assert code == 3 and "--dtype, it can be verified with the backbone" in str(said)
+    code, said = as_json("revert", place / "r.safetensors", made, tmp_path / "back")
+    assert code == 1 and said["error"].endswith("cannot be undone: use the backbone")
 
 
 def test_a_wrong_command_line_is_exit_code_2(place):

@@ -33,7 +33,8 @@ class Applied:
 
     folder: the new checkpoint, None after a dry run. tensors, kept: patched matrices, and kept
     weights in them. lost: kept deltas that change nothing in `dtype`, the dtype of the patched
-    matrices (several are joined by commas). bytes: of tensors read.
+    matrices (several are joined by commas). bytes: of the new folder's files; of what was read
+    where nothing is written.
     """
 
     folder: str | None
@@ -136,10 +137,11 @@ class Patching:
         return self.lost
 
 
-def check_fit(patch: PatchFile, folder: str | Path) -> None:
+def check_fit(patch: PatchFile, folder: str | Path, made: str = "") -> None:
     """SpkitError unless the checkpoint has every patched tensor, in its shape and dtype.
 
-    Headers only are read. The weights are compared while they stream.
+    Headers only are read. The weights are compared while they stream. made: what to say where a
+    checkpoint that `apply` may have made has another dtype.
     """
     found = headers(folder)
     for name, matrix in patch.manifest.tensors.items():
@@ -151,9 +153,10 @@ def check_fit(patch: PatchFile, folder: str | Path) -> None:
         _, _, about = found[name]
         have = about["dtype"], about["shape"]
         if have != (matrix.dtype, matrix.shape):
+            other = f". {made}" if made and have[1] == matrix.shape else ""
             raise SpkitError(
                 f"{patch.path} does not fit {folder}: the tensor {name!r} is {have[0]} {have[1]} "
-                f"there, and the patch is for {matrix.dtype} {matrix.shape}"
+                f"there, and the patch is for {matrix.dtype} {matrix.shape}{other}"
             )
 
 

@@ -59,7 +59,8 @@ def revert(
                 "not hold the original weights, and a rounded sum cannot be undone. Give the "
                 f"backbone ({opened.manifest.backbone.name}) with --backbone"
             )
-        check_fit(opened, checkpoint)
+        made = "If it was applied with --dtype, its rounding cannot be undone: use the backbone"
+        check_fit(opened, checkpoint, made)
         opened.check()
         names = opened.manifest.tensors
         if backbone is None:

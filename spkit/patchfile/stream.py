@@ -53,7 +53,10 @@ Work = Callable[[Output], tuple[int, int]]  # the same, once there is a file to 
 
 @dataclass(frozen=True)
 class Streamed:
-    """bytes: of tensors, read or copied. count: the sum of what the edits' `close` returned."""
+    """bytes: of the edited tensors that were read, or of all files that were written.
+
+    count: the sum of what the edits' `close` returned.
+    """
 
     bytes: int
     count: int
@@ -113,7 +116,7 @@ def stream(
             left = [shard for shard in shards if shard.path.name not in done]
             bar.update(sum(shard.bytes for shard in shards if shard not in left))
             done |= _write(left, made, edits, dtype, workers, bar)
-    return Streamed(total, sum(done.values()))
+    return Streamed(size, sum(done.values()))
 
 
 class Shard:

@@ -104,7 +104,9 @@ def _backbone(patch: PatchFile, folder: Path, how) -> list[Finding]:
 def _checkpoint(patch: PatchFile, backbone: Path | None, folder: Path, how) -> list[Finding]:
     what = "the checkpoint's patched weights are what the patch makes"
     if backbone is None:
-        findings = [_tried("the checkpoint has the patched tensors", check_fit, patch, folder)]
+        made = "If it was applied with --dtype, it can be verified with the backbone"
+        has = partial(check_fit, patch, folder, made)
+        findings = [_tried("the checkpoint has the patched tensors", has)]
         if findings[0].ok:
             edits = {n: partial(Hashing, patch, n, "after") for n in patch.manifest.tensors}
             same = partial(stream, folder, edits, None, identity={}, label="checkpoint", **how)
