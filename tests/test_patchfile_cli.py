@@ -289,6 +289,7 @@ def test_the_card_says_what_the_patch_says(place, tmp_path):
         assert f"## {heading}\n" in text
     assert "--backbone BACKBONE" in text and str(place) not in text
     assert "PATCHED ORIGINAL`" in card_text(inspect(place / "r.safetensors").manifest, identity)
+    assert re.search(r"\| alpha, as used +\| 1.5 +\|", text)
 
 
 def test_an_existing_card_is_not_replaced_unasked(place, tmp_path):

@@ -15,6 +15,10 @@ from spkit.patchfile.file import PatchFile
 from spkit.patchfile.manifest import Manifest
 
 PAPER = "https://arxiv.org/abs/2405.13820"
+USED = {
+    "alpha": "alpha, as used",
+    "beta": "beta, as used",
+}  # balancing finds others than were given
 COLUMNS = "model seed split group metric n k rate low high".split()
 SAMPLE = "patch.safetensors"
 
@@ -98,7 +102,7 @@ def card_text(
         "## Results",
         _results(manifest),
         "## How it was made",
-        _table([{"parameter": k, "value": v} for k, v in _flat(manifest.method)]),
+        _table([{"parameter": USED.get(k, k), "value": v} for k, v in _flat(manifest.method)]),
         _table([{"harmful pairs": k, "": v} for k, v in _flat(manifest.data)]),
         _table([{"library": k, "version": v} for k, v in manifest.versions.items()]),
         "## Limits",
