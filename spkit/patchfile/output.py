@@ -6,12 +6,12 @@ machine fetched from its host: measured, that is most of the time of `cp`. With 
 disk reads the patched block where it lies. It wants whole pages of 4096 bytes, in memory and in the
 file, and tensors begin and end anywhere:
 
-    pages of the file   |     |     |     |     |     |     |
-    a stretch              .=================== .==============.
-                           ^ shared with what    ^ carried over  ^ shared with what
-                             lies before           to the next     lies behind
-                                                   block
+    pages of the file   |---------|---------|---------|---------|---------|
+    a stretch                [....|.........|.........|.........|...]
+                        shared        straight to the disk       shared
+                        with what lies before             with what lies behind
 
+A page that two blocks of a stretch share is carried over from one to the next.
 Where O_DIRECT is not known or refused, everything is copied as usual.
 """
 
