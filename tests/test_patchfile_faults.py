@@ -296,10 +296,15 @@ def test_interrupted_by_hand(good, tmp_path, monkeypatch, written):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)  # the main thread hears of it while this shard is on its way
 
-    with monkeypatch.context() as patched:
-        patched.setattr(output, "_reserve", press)
-        with pytest.raises(KeyboardInterrupt):
-            apply(patch, backbone, tmp_path / "made", threads=1)
+    # a shell that runs the tests in the background has them ignore Ctrl-C
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(output, "_reserve", press)
+            with pytest.raises(KeyboardInterrupt):
+                apply(patch, backbone, tmp_path / "made", threads=1)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert os.listdir(tmp_path) == [".tmp-made"]
     journal = (tmp_path / ".tmp-made" / JOURNAL).read_text().splitlines()[1:]
     done = [json.loads(line)["shard"] for line in journal]
