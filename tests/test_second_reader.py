@@ -1,4 +1,4 @@
-"""A second reader of patch files, written from docs/patch_format.md alone: no code of the kit.
+"""A second reader of patch files, that follows docs/patch_format.md and uses no code of the kit.
 
 Where it and `apply` disagree, the page or the kit is wrong.
 """
