@@ -38,7 +38,7 @@ def local_folder(source: str | Path, revision: str | None = None) -> Path:
         return Path(source)
     if Path(source).exists():
         raise SpkitError(f"The checkpoint {source} is a file: give the folder that it is in.")
-    if not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", str(source)):
+    if not is_hub_id(str(source)):
         what = "there is no such folder, and it is no hub id (owner/name)"
         raise SpkitError(f"The checkpoint {str(source)!r} cannot be read: {what}.")
     from huggingface_hub import snapshot_download
@@ -49,6 +49,11 @@ def local_folder(source: str | Path, revision: str | None = None) -> Path:
     except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         first = str(error).strip().split("\n")[0]
         raise SpkitError(f"The checkpoint {str(source)!r} cannot be downloaded: {first}") from None
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether it is spelt like one: owner/name, or a name alone."""
+    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None
 
 
 def tensor_files(folder: str | Path) -> dict[str, Path]:

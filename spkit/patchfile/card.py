@@ -15,10 +15,8 @@ from spkit.patchfile.file import PatchFile
 from spkit.patchfile.manifest import Manifest
 
 PAPER = "https://arxiv.org/abs/2405.13820"
-USED = {
-    "alpha": "alpha, as used",
-    "beta": "beta, as used",
-}  # balancing finds others than were given
+# balancing finds other strengths than the parameters give
+USED = {"alpha": "alpha, as used", "beta": "beta, as used"}
 COLUMNS = "model seed split group metric n k rate low high".split()
 SAMPLE = "patch.safetensors"
 

@@ -22,7 +22,6 @@ import numpy as np
 from spkit.checkpoint_files import load_json, read_header_text
 from spkit.errors import SpkitError
 from spkit.patchfile import encoding, floats
-from spkit.patchfile.encoding import EMPTY
 from spkit.patchfile.manifest import PARTS, Block, Manifest, Matrix, read_manifest, wrong_tensor
 
 LONGEST_HEADER = 16 * 2**20  # bytes
@@ -203,7 +202,9 @@ def _decode(frames: Mapping[str, list[bytes]], block: Block, matrix: Matrix, len
 
 def _nothing(frames: Mapping[str, list[bytes]], block: Block, own: np.dtype) -> Kept:
     """The block that keeps nothing. At once: a hostile file may have hundreds of thousands."""
-    if block.encoding != "gaps" or {b for part in frames.values() for b in part} != {EMPTY}:
+    if block.encoding != "gaps" or {b for part in frames.values() for b in part} != {
+        encoding.EMPTY
+    }:
         raise ValueError("another frame than the empty one, where nothing is kept")
     where, bits = np.empty(0, dtype=np.uint32), np.empty(0, dtype=own)
     originals = bits if frames.get("originals") else None

@@ -23,7 +23,13 @@ import numpy as np
 from pydantic import ValidationError
 from tqdm.auto import tqdm
 
-from spkit.checkpoint_files import local_folder, read_header, read_small, tensor_files
+from spkit.checkpoint_files import (
+    is_hub_id,
+    local_folder,
+    read_header,
+    read_small,
+    tensor_files,
+)
 from spkit.errors import SpkitError
 from spkit.files import atomic
 from spkit.machine import versions
@@ -308,7 +314,7 @@ class Writer:
 
 def printable_name(backbone: str) -> str:
     """A hub id as it is; of anything else, such as a local path, the last part."""
-    if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", backbone) and not Path(backbone).exists():
+    if is_hub_id(backbone) and not Path(backbone).exists():
         return backbone
     return re.split(r"[/\\]", backbone.rstrip("/\\"))[-1]
 

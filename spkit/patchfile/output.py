@@ -120,11 +120,11 @@ class Stretch:
         if not self._output.direct:
             self._output.copy(data.data, place)
             return
-        first = place % ALIGN
-        here = np.frombuffer(memory(first, count), dtype=np.uint8)
+        first, end = place % ALIGN, place % ALIGN + count
+        held = memory(0, end)
+        here = np.frombuffer(held, dtype=np.uint8)[first:]
         if here.ctypes.data != data.ctypes.data:  # a new array, such as one of another dtype
             here[:] = data
-        held, end = memory(0, first + count), first + count
         whole = end // ALIGN * ALIGN
         if whole:
             begin, page = 0, place - first

@@ -332,7 +332,6 @@ def _run(jobs: list[Job], workers: int, bar) -> int:
             return total
         except BaseException:
             failed.set()
-            pool.shutdown(wait=True, cancel_futures=True)
             raise
 
 

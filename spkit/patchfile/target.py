@@ -148,6 +148,7 @@ class _Busy(SpkitError):
 
 
 def copy_others(source: Path, made: Path, dtype: str | None, total: int) -> None:
+    """Copy what lies beside the weights. dtype, total: what it says of them, where that changes."""
     for path in other_files(source):
         if path.name == JOURNAL:
             continue

@@ -105,8 +105,8 @@ def _checkpoint(patch: PatchFile, backbone: Path | None, folder: Path, how) -> l
     what = "the checkpoint's patched weights are what the patch makes"
     if backbone is None:
         made = "If it was applied with --dtype, it can be verified with the backbone"
-        has = partial(check_fit, patch, folder, made)
-        findings = [_tried("the checkpoint has the patched tensors", has)]
+        has = "the checkpoint has the patched tensors"
+        findings = [_tried(has, check_fit, patch, folder, made)]
         if findings[0].ok:
             edits = {n: partial(Hashing, patch, n, "after") for n in patch.manifest.tensors}
             same = partial(stream, folder, edits, None, identity={}, label="checkpoint", **how)
