@@ -34,35 +34,35 @@ READY := $(VENV)/.spkit-installed
 walkthrough: $(READY)
 	$(BIN)/snakemake --cores $(CORES) --rerun-incomplete --nolock --quiet progress host reason --config \
 	  params=$(PARAMS) $(if $(SEED),seed=$(SEED)) $(if $(RUN),run_name=$(RUN))
-	$(BIN)/python -m spkit.summary $(PARAMS) \
+	$(BIN)/python -m spkit.running.summary $(PARAMS) \
 	  $(if $(SEED),--seed $(SEED)) $(if $(RUN),--run-name $(RUN))
 
 seeds: $(READY)
 	for seed in $(SEEDS); do $(MAKE) walkthrough SEED=$$seed || exit 1; done
-	$(BIN)/python -m spkit.seeds $(PARAMS) $(SEEDS) $(if $(RUN),--run-name $(RUN))
+	$(BIN)/python -m spkit.running.seeds $(PARAMS) $(SEEDS) $(if $(RUN),--run-name $(RUN))
 
 # goes on where it was cut, and ends with notebook 05 executed on the new tables
 experiment: $(READY)
-	$(BIN)/python -m spkit.experiment $(PARAMS) --budget $(BUDGET) --jobs $(JOBS)
+	$(BIN)/python -m spkit.comparison.run $(PARAMS) --budget $(BUDGET) --jobs $(JOBS)
 
 report: $(READY)
-	@$(BIN)/python -m spkit.experiment.report $(TABLES)
+	@$(BIN)/python -m spkit.comparison.report $(TABLES)
 
 # after a full experiment: its tables become the committed ones, and the pages that show them are filled
 publish: $(READY)
 	mkdir -p docs/experiment && cp outputs/experiment/full/tables/*.csv docs/experiment/
-	$(BIN)/python -m spkit.experiment.report docs/experiment > docs/experiment/report.md
-	$(BIN)/python -m spkit.experiment.report docs/experiment --into README.md docs/choosing.md
+	$(BIN)/python -m spkit.comparison.report docs/experiment > docs/experiment/report.md
+	$(BIN)/python -m spkit.comparison.report docs/experiment --into README.md docs/choosing.md
 
 backbone: $(READY)
-	$(BIN)/python -m spkit.ship $(PARAMS)
+	$(BIN)/python -m spkit.sandbox.ship $(PARAMS)
 
 test: $(READY)
 	$(BIN)/python -m pytest --cov
 
 # what is found is kept in outputs/fuzz
 fuzz: $(READY)
-	$(BIN)/python tests/fuzz_patchfile.py --files $(FILES) --keep outputs/fuzz
+	PYTHONPATH=tests $(BIN)/python tests/patchfile/fuzz_patchfile.py --files $(FILES) --keep outputs/fuzz
 
 lint: $(READY)
 	$(BIN)/ruff check .

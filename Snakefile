@@ -19,9 +19,9 @@ import yaml
 
 from spkit.config import load_params
 from spkit.errors import SpkitError
-from spkit.files import atomic
-from spkit.notebook import why_failed
-from spkit.runs import NOTEBOOKS, STAGES, Run, run_folder, stage_folder, stamp
+from spkit.system.files import atomic
+from spkit.running.notebook import why_failed
+from spkit.running.runs import NOTEBOOKS, STAGES, Run, run_folder, stage_folder, stamp
 from spkit.validation import nearest
 
 PYTHON = shlex.quote(sys.executable)
@@ -81,7 +81,7 @@ rule results:
     log:
         LOG / "results.txt",
     shell:
-        "{PYTHON} -m spkit.summary {RESOLVED:q} > {log:q} 2>&1"
+        "{PYTHON} -m spkit.running.summary {RESOLVED:q} > {log:q} 2>&1"
 
 
 for stage in STAGES:

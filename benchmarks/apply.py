@@ -45,11 +45,11 @@ import numpy as np
 import pandas as pd
 from tabulate import tabulate
 
-from spkit.checkpoint_files import read_header, tensor_files
-from spkit.lazy import Lazy
-from spkit.machine import hardware, versions
+from spkit.method.sets import Lazy
+from spkit.models.checkpoint_files import read_header, tensor_files
 from spkit.patchfile.make import About, make_patch
 from spkit.patchfile.verify import verify
+from spkit.system.machine import hardware, versions
 
 sys.path.insert(0, str(Path(__file__).parent))
 import random_checkpoint  # noqa: E402

@@ -13,7 +13,7 @@ import argparse
 import numpy as np
 from tabulate import tabulate
 
-from spkit.statistics import Outcomes, paired, resample
+from spkit.comparison.bootstrap import Outcomes, paired, resample
 
 SHAPE = (5, 4, 2, 200)  # backbones, derivations, masks, prompts
 CASES = {  # standard deviations between backbones, derivations and masks, in log-odds

@@ -29,25 +29,28 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from spkit import importance
-from spkit.ablations import NO_RETENTION, SAFEPATCHING, load_variants
-from spkit.backbone import load, patched, resolve_device, target_weights
-from spkit.balancing import balanced, first_token_losses
-from spkit.chat import encode_prompt
+from spkit.comparison.ablations import NO_RETENTION, SAFEPATCHING, load_variants
 from spkit.config import Config
-from spkit.derivation import Patch, derive
-from spkit.evaluation import respond
+from spkit.evaluation.answers import respond
+from spkit.evaluation.utility.likelihood import MAX_TOKENS, perplexity
 from spkit.examples import EvalPrompt, HarmfulPair
-from spkit.importance_summary import ImportanceSummary
-from spkit.lazy import BitSets
-from spkit.machine import hardware, own_memory, versions
-from spkit.memory import predict
-from spkit.notebook import make_deterministic
+from spkit.method import snip as importance
+from spkit.method.balancing import balanced, first_token_losses
+from spkit.method.derivation import derive
+from spkit.method.importance import score_and_save
+from spkit.method.overlap import ImportanceSummary
+from spkit.method.patch import Patch
+from spkit.method.sets import BitSets
+from spkit.models.chat import encode_prompt
+from spkit.models.loading import load, resolve_device
+from spkit.models.patched import patched
+from spkit.models.weights import target_weights
 from spkit.patchfile.apply import apply
 from spkit.patchfile.make import About, make_patch
-from spkit.scoring import score_and_save
-from spkit.shape import shape_of
-from spkit.utility.likelihood import MAX_TOKENS, perplexity
+from spkit.running.memory import predict
+from spkit.running.shape import shape_of
+from spkit.system.determinism import make_deterministic
+from spkit.system.machine import hardware, own_memory, versions
 from spkit.validation import read_yaml
 
 sys.path.insert(0, str(Path(__file__).parent))  # also where this file is imported by its path

@@ -31,14 +31,14 @@ import torch
 import zstandard
 from tabulate import tabulate
 
-from spkit.checkpoint_files import read_header, tensor_files
-from spkit.lazy import Lazy
-from spkit.machine import hardware, versions
+from spkit.method.patching import kept_set, merged_delta, retention_mask, top_rate_set
+from spkit.method.sets import Lazy
+from spkit.models.checkpoint_files import read_header, tensor_files
 from spkit.patchfile import encoding, floats
 from spkit.patchfile.file import header
 from spkit.patchfile.make import About, make_patch
 from spkit.patchfile.manifest import PARTS, Manifest
-from spkit.patching import kept_set, merged_delta, retention_mask, top_rate_set
+from spkit.system.machine import hardware, versions
 
 sys.path.insert(0, str(Path(__file__).parent))
 import random_checkpoint  # noqa: E402

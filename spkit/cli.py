@@ -151,13 +151,13 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """What a patch is, how much it changes, and where."""
-    from spkit.patchfile.inspect import inspect as run
+    from spkit.patchfile.summary import inspect as run
 
     if figure is not None and figure.suffix not in FIGURES:
         raise SpkitError(f"{figure} cannot be written: a figure ends with {', '.join(FIGURES)}")
     found = run(patch)
     if figure is not None:
-        from spkit.files import atomic
+        from spkit.system.files import atomic
 
         with atomic(figure) as temporary:
             found.figure().savefig(temporary, bbox_inches="tight", dpi=150)
@@ -275,7 +275,7 @@ def make(
         raise SpkitError(f"unknown values {values!r}, allowed: exact, bfloat16, int8")
     _require_free(target, overwrite)
     from spkit.config import load_params
-    from spkit.patchfile.from_run import make_from_run
+    from spkit.running.patch_of_run import make_from_run
 
     given = {"run_name": run_name, "seed": seed}
     config = load_params(params, {key: value for key, value in given.items() if value is not None})

@@ -44,6 +44,11 @@ class BackboneConfig(Section):
         return self
 
     @property
+    def public_name(self) -> str:
+        """The hub id, "sandbox", or the last part of a local path, and no more of that."""
+        return Path(self.source).resolve().name if Path(self.source).is_dir() else self.source
+
+    @property
     def loading(self) -> dict[str, Any]:
         """How to load it, wherever it is: keyword arguments of backbone.load."""
         options = self.model_dump(exclude={"source", "compute_dtype"})
@@ -182,6 +187,10 @@ class DerivationConfig(Section):
     )
     checkpoint_steps: int | None = Field(
         None, ge=1, description="a cut derivation goes on from every n-th step; null: never [ours]"
+    )
+    shared_init: bool = Field(
+        True,
+        description="SE and OSM start from the same factors A; false: each from its own [ours]",
     )
     lora: LoraConfig = Field(default_factory=LoraConfig, description="shape of the factors")
     ascent: AscentConfig = Field(default_factory=AscentConfig, description="derives the SE patch")

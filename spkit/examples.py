@@ -1,9 +1,11 @@
 """The two records that travel through the kit: a harmful pair and an evaluation prompt.
 
-Both are plain and frozen. How they are read from files lies in `readers` and `data.py`, how an
-answer to one is judged in the judge of its source.
+Both are plain and frozen. data/ reads them from files; the judge of their source judges the answers.
 """
 
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 GROUPS = {
@@ -44,3 +46,26 @@ class EvalPrompt:
     phrasing: str
     reference: str
     forbidden: tuple[str, ...] = ()
+
+
+def digest(rows: Iterable[Sequence]) -> str:
+    """SHA-256 in hex of the rows, whatever their order: names a set without showing it."""
+    lines = sorted(json.dumps(list(row)) for row in rows)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def fingerprint(pairs: Sequence[HarmfulPair]) -> str:
+    """SHA-256 of D_h's text in hex: names the set without showing it; order does not matter."""
+    return digest([p.prompt, p.response, p.category] for p in pairs)
+
+
+def sample(examples: list, count: int | None, seed: int) -> list:
+    """At most `count` examples, in their order, chosen by a hash of seed and id."""
+    if count is None or count >= len(examples):
+        return examples
+
+    def rank(example) -> bytes:
+        return hashlib.sha256(f"{seed}|{example.id}".encode()).digest()
+
+    chosen = {example.id for example in sorted(examples, key=rank)[:count]}
+    return [example for example in examples if example.id in chosen]

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from spkit.checkpoint_files import INDEX, SINGLE
+from spkit.models.checkpoint_files import INDEX, SINGLE
 from spkit.patchfile.make import About, make_patch
 
 SHAPES = {

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 from spkit.config import Config
-from spkit.evaluation import METRICS
+from spkit.evaluation.verdicts import METRICS
 from spkit.validation import dotted_keys
 
 ROOT = Path(__file__).parents[1]
@@ -124,18 +124,18 @@ def test_what_is_named_exists(page):
 
 def test_a_wrong_name_is_found():
     text = """
-    `spkit/patching.py: retention_mask`, `spkit/patching.py: retention_maks`, `spkit/patch.py: x`,
-    `spkit/derivation.py: Patch.delta`, `spkit/derivation.py: Patch.gamma`, `params/*.yaml`,
-    `tests/test_patching.py`, `tests/test_ptching.py`, `params/*.yml`, `patching.alpha`,
+    `spkit/method/patching.py: retention_mask`, `spkit/method/patching.py: retention_maks`, `spkit/patch.py: x`,
+    `spkit/method/patch.py: Patch.delta`, `spkit/method/patch.py: Patch.gamma`, `params/*.yaml`,
+    `tests/method/test_patching.py`, `tests/test_ptching.py`, `params/*.yml`, `patching.alpha`,
     `patching.aleph`, `derivaton.lora.r`, {"evaluation.splits": 1}, `patching.py`, `record.json`,
-    `spkit.summary`, `backbone.load`, `backbone.laod`, `params/mine.yaml`,
+    `spkit.running.summary`, `backbone.load`, `backbone.laod`, `params/mine.yaml`,
     [a](method.md), [b](methods.md), [c](#4-hazards), [d](method.md#8-hazards),
     [e](https://arxiv.org/abs/2405.13820), [f](../LICENSE)
     """
     assert wrong_references(text) == [
-        "spkit/patching.py: retention_maks",
+        "spkit/method/patching.py: retention_maks",
         "spkit/patch.py: x",
-        "spkit/derivation.py: Patch.gamma",
+        "spkit/method/patch.py: Patch.gamma",
     ]
     assert wrong_paths(text) == ["params/*.yml", "spkit/patch.py", "tests/test_ptching.py"]
     assert wrong_keys(text) == [
@@ -179,11 +179,11 @@ def test_every_equation_names_its_function_and_the_test_that_pins_it():
 
 
 def test_an_unpinned_equation_is_found():
-    code = "Code: `spkit/patching.py: compose`. "
-    assert unpinned_equations(f"$$a$$\n{code}Test: `tests/test_patching.py`.") == []
-    for line in (code, f"{code}Test: `tests/test_chat.py`.", "Code: none. Test: none."):
+    code = "Code: `spkit/method/patching.py: compose`. "
+    assert unpinned_equations(f"$$a$$\n{code}Test: `tests/method/test_patching.py`.") == []
+    for line in (code, f"{code}Test: `tests/models/test_chat.py`.", "Code: none. Test: none."):
         assert unpinned_equations(f"$$a$$\n{line}") == ["$$a$$", line]
-    assert unpinned_equations(f"$$a$$\n\n{code}Test: `tests/test_patching.py`.") == ["$$a$$"]
+    assert unpinned_equations(f"$$a$$\n\n{code}Test: `tests/method/test_patching.py`.") == ["$$a$$"]
 
 
 def sections(text):

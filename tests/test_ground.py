@@ -80,4 +80,4 @@ def test_walkthrough_takes_any_params_file():
     command = ["make", "--dry-run", "walkthrough", "PARAMS=params/mine.yaml", "SEED=3", "RUN=mine"]
     made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "params=params/mine.yaml seed=3 run_name=mine" in made
-    assert "spkit.summary params/mine.yaml" in made and "--seed 3 --run-name mine" in made
+    assert "spkit.running.summary params/mine.yaml" in made and "--seed 3 --run-name mine" in made

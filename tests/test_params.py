@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from spkit.config import Config, load_params
-from spkit.readers.beavertails import CATEGORIES
+from spkit.data.readers.beavertails import CATEGORIES
 from spkit.validation import dotted_keys
 
 PARAMS = Path(__file__).parents[1] / "params"

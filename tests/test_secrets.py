@@ -1,6 +1,6 @@
 """Tokens come from the environment or the hub's own login, and no file ever holds one.
 
-That a walkthrough writes none is held by tests/test_notebooks.py; here are failures, in which
+That a walkthrough writes none is held by tests/running/test_notebooks.py; here are failures, in which
 libraries print what they know, and parameters.
 """
 
@@ -18,7 +18,7 @@ import yaml
 
 from spkit.config import Config, load_params
 from spkit.errors import SpkitError
-from spkit.notebook import start
+from spkit.running.notebook import start
 
 ROOT = Path(__file__).parents[1]
 MICRO = ROOT / "params" / "micro.yaml"

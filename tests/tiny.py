@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from spkit import chat
+from spkit.models import chat
 
 ARCHITECTURES = ("llama", "mistral", "gemma")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

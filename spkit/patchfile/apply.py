@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from spkit.checkpoint_files import headers, local_folder
 from spkit.errors import SpkitError
+from spkit.models.checkpoint_files import headers, local_folder
 from spkit.patchfile import floats
 from spkit.patchfile.encoding import TensorHash
 from spkit.patchfile.file import PatchFile

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from spkit.errors import SpkitError
-from spkit.files import atomic
 from spkit.patchfile.file import PatchFile
 from spkit.patchfile.manifest import Manifest
+from spkit.system.files import atomic
 
 PAPER = "https://arxiv.org/abs/2405.13820"
 # balancing finds other strengths than the parameters give

@@ -19,8 +19,8 @@ from threading import Lock
 
 import numpy as np
 
-from spkit.checkpoint_files import load_json, read_header_text
 from spkit.errors import SpkitError
+from spkit.models.checkpoint_files import load_json, read_header_text
 from spkit.patchfile import encoding, floats
 from spkit.patchfile.manifest import PARTS, Block, Manifest, Matrix, read_manifest, wrong_tensor
 

@@ -23,16 +23,14 @@ import numpy as np
 from pydantic import ValidationError
 from tqdm.auto import tqdm
 
-from spkit.checkpoint_files import (
+from spkit.errors import SpkitError
+from spkit.models.checkpoint_files import (
     is_hub_id,
     local_folder,
     read_header,
     read_small,
     tensor_files,
 )
-from spkit.errors import SpkitError
-from spkit.files import atomic
-from spkit.machine import versions
 from spkit.patchfile import encoding, floats
 from spkit.patchfile.file import Kept, header
 from spkit.patchfile.manifest import (
@@ -47,6 +45,8 @@ from spkit.patchfile.manifest import (
     Values,
 )
 from spkit.patchfile.stream import read_exactly
+from spkit.system.files import atomic
+from spkit.system.machine import versions
 
 # of config.json, what a library or a place puts there: no part of the backbone's identity
 VOLATILE = ("transformers_version", "_name_or_path", "torch_dtype", "dtype")

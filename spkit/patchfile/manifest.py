@@ -191,7 +191,7 @@ def read_manifest(text: bytes) -> Manifest:
     """The manifest of a header; ValueError in one sentence, that of another version included."""
     from pydantic import ValidationError
 
-    from spkit.checkpoint_files import load_json
+    from spkit.models.checkpoint_files import load_json
 
     tree = load_json(text)
     if not isinstance(tree, dict) or tree.get("format") != FORMAT:

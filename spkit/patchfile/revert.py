@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from spkit.checkpoint_files import local_folder, read_header, tensor_files
 from spkit.errors import SpkitError
+from spkit.models.checkpoint_files import local_folder, read_header, tensor_files
 from spkit.patchfile import floats
 from spkit.patchfile.apply import check_fit
 from spkit.patchfile.encoding import TensorHash

@@ -17,8 +17,8 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from spkit.checkpoint_files import local_folder
 from spkit.errors import SpkitError
+from spkit.models.checkpoint_files import local_folder
 from spkit.patchfile.apply import Patching, check_fit
 from spkit.patchfile.file import PatchFile
 from spkit.patchfile.make import About, Writer, patch_writer

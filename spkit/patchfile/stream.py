@@ -25,8 +25,8 @@ from typing import Any, Protocol
 import numpy as np
 from tqdm.auto import tqdm
 
-from spkit.checkpoint_files import About, load_json, other_files, read_header, tensor_files
 from spkit.errors import SpkitError
+from spkit.models.checkpoint_files import About, load_json, other_files, read_header, tensor_files
 from spkit.patchfile import floats
 from spkit.patchfile.encoding import blocks
 from spkit.patchfile.output import Output, memory

@@ -14,11 +14,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from spkit import store
-from spkit.checkpoint_files import INDEX, load_json, other_files, read_small
 from spkit.errors import SpkitError
-from spkit.files import TEMPORARY, sync_folder_entry, write_error
+from spkit.models.checkpoint_files import INDEX, load_json, other_files, read_small
 from spkit.patchfile import floats
+from spkit.system import store
+from spkit.system.files import TEMPORARY, sync_folder_entry, write_error
 
 JOURNAL = "spkit-journal.jsonl"
 

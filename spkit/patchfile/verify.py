@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from spkit.checkpoint_files import About, brief, headers, local_folder, tensor_files
 from spkit.errors import SpkitError
+from spkit.models.checkpoint_files import About, brief, headers, local_folder, tensor_files
 from spkit.patchfile import floats
 from spkit.patchfile.apply import NOT_THE_BACKBONE, Patching, check_fit
 from spkit.patchfile.encoding import TensorHash

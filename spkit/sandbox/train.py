@@ -11,7 +11,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, get_cosine_schedule_with_warmup
 
-from spkit.chat import answer_loss, collate
+from spkit.models.chat import answer_loss, collate
 from spkit.sandbox.tokenizer import build_tokenizer
 from spkit.sandbox.world import TrainingMix
 

@@ -1,0 +1,244 @@
+"""Evaluation: what a model answers to held-out prompts, what each answer counts as, and how often.
+
+Three objectives: harmful prompts (lower harm is better), over-safety prompts (fewer refusals),
+utility (more correct answers). Two scores stand in every results.csv, and every short table shows
+the broken text by which they differ:
+
+    the paper's  harmful rate, false-refusal rate, utility;
+    the strict   the same, but broken text is a failure on harmful and harmless prompts alike.
+
+Answers are decoded greedily, whatever a checkpoint's own generation_config asks for, and can be
+stored as they come. Nothing here knows of patches: a model comes in, a tidy data frame goes out.
+What decides a verdict lies in judges/ and, for the sandbox, in its own judge.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from spkit.config import Config
+from spkit.errors import SpkitError
+from spkit.examples import EvalPrompt
+from spkit.models.chat import encode_prompt, special_ids
+from spkit.system import store as files
+from spkit.system.out_of_memory import explained
+
+# Greedy decoding, spelt out: an argument overrules what a checkpoint brings in its
+# generation_config, and so no sampling, beam, penalty or ban of its own changes an answer.
+GREEDY = {
+    **{"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "early_stopping": False},
+    **dict.fromkeys(("temperature", "top_p", "top_k", "min_p", "typical_p"), None),
+    **{"repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "length_penalty": 1.0},
+    **{"no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "min_length": 0},
+    **dict.fromkeys(("min_new_tokens", "bad_words_ids", "sequence_bias", "guidance_scale"), None),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "suppress_tokens"), None),
+    **dict.fromkeys(("begin_suppress_tokens", "exponential_decay_length_penalty"), None),
+    **dict.fromkeys(("penalty_alpha", "watermarking_config", "stop_strings", "max_time"), None),
+}
+
+
+def decoding(config: Config) -> dict[str, bool | int]:
+    """How the answers are decoded, to be recorded beside them."""
+    return _decoding(config.evaluation.max_new_tokens, config.evaluation.batch_size)
+
+
+def _decoding(max_new_tokens: int, batch_size: int) -> dict[str, bool | int]:
+    greedy = {key: GREEDY[key] for key in ("do_sample", "num_beams")}
+    return {**greedy, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+
+
+def end_tokens(model, tokenizer, *, chat: bool = True) -> list[int]:
+    """All ids that end an answer: the model's own, the tokenizer's, and what ends a chat turn.
+
+    LLaMA-3's tokenizer, for one, ends a text with <|end_of_text|>, but a turn with <|eot_id|>.
+    """
+    own = model.generation_config.eos_token_id
+    ends = list(own) if isinstance(own, list | tuple) else [own]
+    ends += [tokenizer.eos_token_id, *(_turn_ends(tokenizer) if chat else ())]
+    return [end for end in dict.fromkeys(ends) if end is not None]
+
+
+def _turn_ends(tokenizer) -> list[int]:
+    """The special tokens that the chat template writes behind what the assistant says."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    special = special_ids(tokenizer) - {tokenizer.unk_token_id}
+    ends = []
+    for token in reversed(tokenizer.apply_chat_template(turns, return_dict=False)):
+        if token in special:
+            ends.insert(0, token)
+        elif tokenizer.decode([token]).strip():
+            break  # here the answer's own text ends
+    return ends
+
+
+@torch.inference_mode()
+def continued(
+    model, rows: Sequence[Sequence[int]], *, pad: int, ends: Sequence[int], max_new_tokens: int
+) -> torch.Tensor:
+    """What the model adds to each row of token ids, greedily: [B, at most max_new_tokens].
+
+    Rows are padded on the left, where a decoder expects it; behind an early end stands padding.
+    """
+    device = model.get_input_embeddings().weight.device
+    width = max(len(row) for row in rows)
+    padded = [[pad] * (width - len(row)) + list(row) for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    output = model.generate(
+        input_ids=torch.tensor(padded, device=device),
+        attention_mask=torch.tensor(mask, device=device),
+        max_new_tokens=max_new_tokens,
+        pad_token_id=pad,
+        eos_token_id=list(ends) or None,
+        **GREEDY,
+    )
+    return output[:, width:]
+
+
+def generate(
+    model,
+    tokenizer,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    label: str = "generate",
+) -> list[str]:
+    """Greedy answers in the prompts' order, special tokens removed.
+
+    Prompts are sorted by length and batched.
+    """
+    answers = [""] * len(prompts)
+    batches = _batches(tokenizer, prompts, batch_size)
+    for batch in _answered(model, tokenizer, batches, max_new_tokens, label):
+        for i, answer in batch.items():
+            answers[i] = answer
+    return answers
+
+
+def _batches(tokenizer, prompts: Sequence[str], batch_size: int) -> list[dict[int, list[int]]]:
+    """{number of the prompt: its token ids} of each batch, short prompts first."""
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    by_length = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+    starts = range(0, len(by_length), batch_size)
+    return [{i: encoded[i] for i in by_length[start : start + batch_size]} for start in starts]
+
+
+def _answered(
+    model,
+    tokenizer,
+    batches: Sequence[dict[int, list[int]]],
+    max_new_tokens: int,
+    label: str,
+    done: int = 0,
+) -> Iterator[dict[int, str]]:
+    """{number of the prompt: answer} of each batch after the first `done`."""
+    ends = end_tokens(model, tokenizer)
+    options = {"pad": tokenizer.pad_token_id, "ends": ends, "max_new_tokens": max_new_tokens}
+    progress = {"desc": label, "unit": "batch", "initial": done, "total": len(batches)}
+    for batch in tqdm(batches[done:], leave=False, **progress):
+        output = continued(model, list(batch.values()), **options)
+        texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in output]
+        yield dict(zip(batch, texts, strict=True))
+
+
+def respond(
+    model,
+    tokenizer,
+    prompts: Sequence[EvalPrompt],
+    *,
+    name: str,
+    max_new_tokens: int,
+    batch_size: int,
+    store: Path | None = None,
+    context: str = "",
+) -> pd.DataFrame:
+    """One row per prompt: model, the prompt's fields, response.
+
+    store: a file that every finished batch is added to. A second call goes on after the last whole
+    batch, with the batches that an uncut run forms, so that the responses are the same. A complete
+    store is read, and then model and tokenizer may be None. It is begun anew where name, prompts,
+    decoding or `context` (what the model is made from, in the caller's words) are others.
+    SpkitError if there are no prompts, or the store cannot be written.
+    """
+    if not prompts:
+        raise SpkitError("There are no evaluation prompts: their file or its filter is empty.")
+    header = {
+        "name": name,
+        "prompts": _fingerprint(prompts),
+        **_decoding(max_new_tokens, batch_size),
+        "context": context,
+    }
+    kept = [] if store is None else files.stored(store, header)
+    answers = {row.get("row"): row.get("response") for row in kept}
+    if set(answers) != set(range(len(prompts))):
+        batches = _batches(tokenizer, [p.prompt for p in prompts], batch_size)
+        kept = kept[: _whole([list(batch) for batch in batches], [row.get("row") for row in kept])]
+        answers = {row["row"]: row["response"] for row in kept}
+        done = sum(set(batch) <= set(answers) for batch in batches)
+        if store is not None:
+            files.begin(store, header, kept)
+        label = f"answers of {name}"
+        lower = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+        with explained(
+            f"generating the {label}", {f"evaluation.{key}": value for key, value in lower.items()}
+        ):
+            for batch in _answered(model, tokenizer, batches, max_new_tokens, label, done):
+                answers |= batch
+                if store is not None:
+                    rows = [
+                        {"row": i, "id": prompts[i].id, "response": said}
+                        for i, said in batch.items()
+                    ]
+                    files.append(store, rows)
+    rows = [
+        {
+            "model": name,
+            "id": p.id,
+            "objective": p.objective,
+            "group": p.group,
+            "category": p.category,
+            "phrasing": p.phrasing,
+            "prompt": p.prompt,
+            "response": answers[i],
+        }
+        for i, p in enumerate(prompts)
+    ]
+    return pd.DataFrame(rows)
+
+
+def _whole(batches: Sequence[list[int]], found: list[int]) -> int:
+    """How many of the stored rows are whole batches in the order of `batches`."""
+    count = 0
+    for batch in batches:
+        if found[count : count + len(batch)] != batch:
+            break
+        count += len(batch)
+    return count
+
+
+def _fingerprint(prompts: Sequence[EvalPrompt]) -> str:
+    """SHA-256 in hex of the prompts' ids and texts in their order."""
+    text = json.dumps([[p.id, p.prompt] for p in prompts])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def evaluate(
+    model,
+    tokenizer,
+    prompts: Sequence[EvalPrompt],
+    judge: Callable[[EvalPrompt, str], str],
+    **settings,
+) -> pd.DataFrame:
+    """What `respond` gives, with a column verdict: what the judge says of each response.
+
+    settings: those of `respond`. For judges that are models, respond first and then judge all
+    responses together with `judges.judged`.
+    """
+    frame = respond(model, tokenizer, prompts, **settings)
+    frame["verdict"] = [judge(p, r) for p, r in zip(prompts, frame["response"], strict=True)]
+    return frame

@@ -1,0 +1,153 @@
+"""Where the important and the kept weights are, and how much two sets have in common.
+
+    overlap              share and Jaccard index of two sets, matrix by matrix
+    where                how many weights of each matrix a set holds
+    ImportanceSummary    both for the importances of a large model, gathered window by window
+
+Of a 7 B model the scores of both patches would take 52 GB. What the summary keeps of a matrix is a
+histogram, a few sums, and how many weights both patches' top sets share at a few rates. Its
+thresholds come from histograms whose bins are 2**-12 of a score wide (2**-8 for all matrices at
+once), so the shares shown are right to a fraction of a percent; the sets that a patch is made of
+are exact (patching.py).
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from spkit.method.importance import Scores
+from spkit.method.patching import intersection_set
+from spkit.method.safepatching import Sets
+from spkit.models.weights import place
+
+RATES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+FINE, COARSE = 20, 16  # bits of a positive fp32 that name its bin: exponent first, then mantissa
+
+
+class ImportanceSummary:
+    """Add every window of importance.score_windows, then ask for tables; patches "se" and "osm"."""
+
+    def __init__(self, rates: tuple[float, ...] = RATES):
+        self.rates = rates
+        self.weights = 0
+        self._coarse: dict[str, dict[str, np.ndarray]] = {"se": {}, "osm": {}}
+        self._shares: dict[str, dict[str, float]] = {}
+        self._counts: list[dict] = []
+
+    def watch(self, windows: Iterable[Scores]) -> Iterator[Scores]:
+        """The same windows, each taken in as it passes by."""
+        for window in windows:
+            self.add(window)
+            yield window
+
+    def add(self, window: Scores) -> None:
+        """Take in the scores of both patches, fp32 and not negative, of some matrices."""
+        for tensor, score in window["se"].items():
+            keys, floors = {}, {}
+            for name in ("se", "osm"):
+                keys[name], fine = _binned(window[name][tensor])
+                self._coarse[name][tensor] = fine.reshape(1 << COARSE, -1).sum(axis=1)
+                floors[name] = {rate: _floor(fine, rate) for rate in self.rates}
+            self.weights += score.numel()
+            self._shares[tensor] = {
+                f"top {rate:.0%}": self._held(score, keys["se"], floors["se"][rate])
+                for rate in (0.01, 0.1, 0.5)
+                if rate in self.rates
+            }
+            for rate in self.rates:
+                own = keys["se"] >= floors["se"][rate]
+                other = keys["osm"] >= floors["osm"][rate]
+                both = int((own & other).sum())
+                counts = {"own": int(own.sum()), "other": int(other.sum()), "both": both}
+                self._counts.append({**place(tensor), "rate": rate, **counts})
+
+    @staticmethod
+    def _held(score: Tensor, keys: Tensor, floor: int) -> float:
+        flat = score.reshape(-1)
+        total = flat.sum(dtype=torch.float64)
+        return float(flat[keys >= floor].sum(dtype=torch.float64) / total) if total else 0.0
+
+    def concentration(self) -> pd.DataFrame:
+        """The share of SE's total importance that the top weights of each matrix hold."""
+        return pd.DataFrame(self._shares).T
+
+    def overlap_by_rate(self) -> pd.DataFrame:
+        """Columns rate, share = both / own, jaccard = both / either, over all matrices."""
+        sums = pd.DataFrame(self._counts).groupby("rate")[["own", "other", "both"]].sum()
+        return with_measures(sums).reset_index()[["rate", "share", "jaccard"]]
+
+    def overlap(self, rate: float) -> pd.DataFrame:
+        """The same at one of the rates, matrix by matrix: tensor, layer, module, ..., share."""
+        frame = pd.DataFrame(self._counts)
+        return with_measures(frame[frame["rate"] == rate].drop(columns="rate"))
+
+    def in_global_top(self, name: str, rate: float) -> pd.DataFrame:
+        """How much of each matrix lies in the top `rate` of *all* weights, for one patch."""
+        histograms = self._coarse[name]
+        floor = _floor(sum(histograms.values()), rate)
+        rows = [
+            {**place(tensor), "n": int(counts.sum()), "k": int(counts[floor:].sum())}
+            for tensor, counts in histograms.items()
+        ]
+        frame = pd.DataFrame(rows)
+        return frame.assign(share=frame["k"] / frame["n"])
+
+
+def _binned(score: Tensor) -> tuple[Tensor, np.ndarray]:
+    """(bin of every weight, int32 flat; how many weights each bin holds)."""
+    # of positive floats the bits, read as an integer, are in the same order as the numbers
+    keys = score.float().contiguous().view(torch.int32).reshape(-1) >> (31 - FINE)
+    return keys, torch.bincount(keys, minlength=1 << FINE).numpy()
+
+
+def _floor(histogram: np.ndarray, rate: float) -> int:
+    """The bin from which upward about `rate` of all weights lie, at least one; never that of 0."""
+    from_top = np.cumsum(histogram[::-1])
+    wanted = max(1, int(rate * from_top[-1]))
+    return max(1, len(histogram) - 1 - int(np.searchsorted(from_top, wanted)))
+
+
+def where(sets: Mapping[str, Sets]) -> pd.DataFrame:
+    """How many weights of each matrix each set holds: set, tensor, layer, module, n, k, share.
+
+    sets: {label: {tensor name: bool}}. n: all weights of the matrix, k: those in the set.
+    """
+    rows = [
+        {"set": label, **place(name), "n": mask.numel(), "k": int(mask.sum())}
+        for label, masks in sets.items()
+        for name, mask in masks.items()
+    ]
+    frame = pd.DataFrame(rows)
+    return frame.assign(share=frame["k"] / frame["n"])
+
+
+def overlap(own: Sets, other: Sets) -> pd.DataFrame:
+    """How much of `own` lies in `other`, matrix by matrix.
+
+    Columns tensor, layer, module, own, other, both (counts), share = both / own, jaccard =
+    both / either. A row with the tensor "all" sums the counts over all matrices. Empty sets give
+    shares of 0.
+    """
+    rows = [
+        {
+            **place(name),
+            "own": int(mask.sum()),
+            "other": int(other[name].sum()),
+            "both": int(intersection_set(mask, other[name]).sum()),
+        }
+        for name, mask in own.items()
+    ]
+    frame = pd.DataFrame(rows)
+    total = frame[["own", "other", "both"]].sum()
+    frame.loc[len(frame)] = {"tensor": "all", "layer": -1, "module": "all", **total}
+    return with_measures(frame)
+
+
+def with_measures(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame of counts own, other, both with share and jaccard behind, 0 for empty sets."""
+    either = frame["own"] + frame["other"] - frame["both"]
+    measures = {"share": frame["both"] / frame["own"], "jaccard": frame["both"] / either}
+    return frame.assign(**{name: values.fillna(0.0) for name, values in measures.items()})

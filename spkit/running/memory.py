@@ -1,0 +1,472 @@
+"""What a stage needs of the GPU and of the host, predicted before anything is loaded.
+
+    needs(config, "01_patch_derivation")        # a table in GiB, and one sentence: does it fit?
+
+Counted from the shape of the backbone and the parameters, part by part, at the moments at which a
+stage holds most; each column shows the moment that is worst for it. Where there is no GPU all of
+it is on the host. What is read from safetensors (patches, sets, scores) is memory-mapped: the
+kernel takes such pages back when it needs them, and they are not counted.
+
+Not counted: judges, lm-eval's tasks (their texts' lengths are not ours), and on a CPU what the C
+library keeps of freed memory. docs/memory.md has the measurements that this was held against; on a
+GPU nothing has been measured yet.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from spkit.config import Config
+from spkit.errors import SpkitError
+from spkit.method.balancing import AT_ONCE
+from spkit.method.importance import layers_that_fit
+from spkit.models.loading import DTYPES, resolve_device
+from spkit.running.shape import Matrix, Shape, shape_of
+from spkit.system.machine import free_memory, own_memory
+
+GIB = 2**30
+NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight, with double quantisation
+FP32, INT32, INT64, BIT = 4, 4, 8, 1 / 8
+
+# Lengths that the parameters leave open, in tokens.
+SANDBOX_TOKENS, UNKNOWN_TOKENS = 48, 1024  # of a pair or a prompt; the latter is a guess
+PERPLEXITY_TOKENS = 512  # utility/likelihood.py cuts longer texts
+
+# Counted in the code of torch, transformers, peft and this kit, and held against the sizes of
+# 30 M to 250 M weights in docs/memory.md, on a CPU, where the tensors are the same ones.
+LOSS_COPIES = 3  # fp32 [tokens, vocabulary], beside a 16-bit model's own: log-softmax, gradients
+LAST_HIDDEN = 3  # fp32 [tokens, hidden] behind the last layer: its norm's input and output, ours
+TRAIN_WIDTHS = 4  # fp32 [tokens, intermediate] that come and go in the layer that computes
+READ_WIDTHS = 4  # the same in the compute dtype, without gradients
+MERGE_BYTES = 24  # a weight of one matrix while two deltas are merged and sought through
+RANK_BYTES = 18  # a weight of one matrix while it is ranked and binned for the figures
+LOAD_BYTES = 13  # a weight of one matrix while it is quantised on a CPU; a GPU has a kernel for it
+BINS = 2 * 2**16 * 8  # bytes a matrix: both patches' histograms in importance_summary.py
+SETS_IN_03 = 2  # sets of weights that notebook 03 holds beside those of the variant that answers
+
+# Fixed; those of a GPU are assumed, those of a CPU were measured.
+LIBRARIES = {"cpu": 0.40 * GIB, "cuda": 1.5 * GIB}  # right after the imports
+RUNTIME = 0.02 * GIB  # thread pools, gemm buffers, what Python keeps
+CONTEXT_BYTES, FRAGMENTS = 0.5 * GIB, 0.05  # the driver's own; share of tensors lost to fragments
+
+BACKBONE, FACTORS, OPTIMIZER = "backbone", "LoRA factors", "gradients and moments"
+ACTIVATIONS, LOGITS, MATRIX = "activations", "logits and loss", "one matrix in full precision"
+SCORES, STORED, SUMMARY = "importance scores", "stored layer inputs", "histograms for figures"
+SETS, DELTA, CACHE, PATCHES = "sets of weights", "sparse delta", "KV cache", "finished patches"
+HALVES, WRITTEN = "kept halves of both patches", "checkpoint being written"
+LOADING, BUFFERS = "loading", "torch's own buffers"
+PYTHON, CONTEXT, PEAK = "Python and libraries", "CUDA context and fragments", "peak"
+
+
+class Moment(dict):
+    """{part: [bytes on the device, bytes on the host]} of what is alive at one time.
+
+    lower: parameters that make its largest parts smaller, the most effective one first.
+    """
+
+    def __init__(self, name: str, lower: tuple[str, ...]):
+        super().__init__()
+        self.name, self.lower = name, lower
+
+    def add(self, part: str, device: float = 0.0, host: float = 0.0) -> "Moment":
+        """`device` bytes more of this part on the device, `host` bytes more on the host."""
+        held = self.setdefault(part, [0.0, 0.0])
+        held[0] += device
+        held[1] += host
+        return self
+
+    def total(self, place: int) -> float:
+        """All parts together: place 0 is the device, 1 the host."""
+        return sum(held[place] for held in self.values())
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A config and a shape, and the sizes that several moments need; bytes unless they say so.
+
+    free: bytes that the device has, for importance.layers_per_pass "auto".
+    """
+
+    config: Config
+    shape: Shape
+    device: str
+    free: float | None = None
+
+    @property
+    def compute(self) -> int:
+        """Of a number in the compute dtype; "auto" is 16 bits on any GPU, 32 on a CPU."""
+        dtype = self.config.backbone.compute_dtype
+        if dtype == "auto":
+            return 2 if self.device == "cuda" else 4
+        return DTYPES[dtype].itemsize
+
+    @property
+    def pair_tokens(self) -> int:
+        """The number of tokens of the longest pair."""
+        if self.config.data.max_tokens is not None:
+            return self.config.data.max_tokens
+        return SANDBOX_TOKENS if self.config.data.harmful == "sandbox" else UNKNOWN_TOKENS
+
+    @property
+    def prompt_tokens(self) -> int:
+        """The number of tokens of an evaluation prompt, assumed to be no longer than a pair."""
+        own = self.config.data.evaluation == "sandbox"
+        return min(SANDBOX_TOKENS, self.pair_tokens) if own else self.pair_tokens
+
+    @property
+    def targets(self) -> tuple[Matrix, ...]:
+        """The matrices that get a patch."""
+        return self.shape.targeted(self.config.derivation.lora.targets)
+
+    @property
+    def targeted(self) -> int:
+        """The number of weights of all of them."""
+        return sum(m.weights * m.count for m in self.targets)
+
+    @property
+    def largest(self) -> int:
+        """The number of weights of the largest of them."""
+        return max((m.weights for m in self.targets), default=0)
+
+    @property
+    def factors(self) -> int:
+        """The number of numbers in one patch's factors."""
+        r = self.config.derivation.lora.r
+        return sum(r * (m.rows + m.columns) * m.count for m in self.targets)
+
+    def backbone(self, quantization: str) -> float:
+        """The weights as they are loaded: NF4 does not touch embeddings, norms and lm_head."""
+        each = NF4 if quantization == "nf4" else self.compute
+        return self.compute * self.shape.outside + each * self.shape.linear
+
+    def unpacked(self, quantization: str) -> float:
+        """The 4-bit matrix that is dequantised while its layer computes."""
+        widest = max(m.weights for m in self.shape.matrices)
+        return self.compute * widest if quantization == "nf4" else 0.0
+
+    def loss(self, tokens: int) -> float:
+        """Logits with their loss, with or without a gradient: a 16-bit model's own come first."""
+        own = self.compute if self.compute < FP32 else 0
+        return tokens * self.shape.vocabulary * (own + LOSS_COPIES * FP32)
+
+    def layer(self, kind: str) -> float:
+        """Of a token: what one decoder layer keeps for its backward pass.
+
+        "passed": only the gradient goes through it. "scored": importance.py keeps the inputs of
+        its matrices. "trained": its factors need these inputs, which peft holds in fp32, one copy
+        for each matrix where the compute dtype is another.
+        """
+        s, c = self.shape, self.compute
+        kept = 2 * FP32 * s.hidden + 4 * c * s.query + 3 * c * s.intermediate  # norms, SDPA, MLP
+        if kind == "trained" and c < FP32:
+            return kept + sum(FP32 * m.columns for m in self.targets)
+        return kept if kind == "passed" else kept + c * (2 * s.hidden + s.intermediate)
+
+
+# ---- the moments at which a stage holds most -----------------------------------------------------
+
+
+def loading(see: Sizes) -> list[Moment]:
+    """The backbone of the derivation, its last matrix being quantised."""
+    quantization = see.config.derivation.quantization
+    moment = Moment(LOADING, ("backbone.source", "derivation.quantization"))
+    moment.add(BACKBONE, see.backbone(quantization))
+    largest = max(m.weights for m in see.shape.matrices)
+    each = LOAD_BYTES if see.device == "cpu" and quantization == "nf4" else see.compute
+    return [moment.add(MATRIX, each * largest)]
+
+
+def derivation(see: Sizes) -> list[Moment]:
+    """Ascent and descent: the second one with the first one's patch at hand."""
+    d, s = see.config.derivation, see.shape
+    rows = d.micro_batch_size or max(d.ascent.batch_size, d.descent.batch_size)
+    tokens = rows * see.pair_tokens
+    lower = ("derivation.micro_batch_size", "data.max_tokens", "derivation.gradient_checkpointing")
+    moments_of_adam = 2 * FP32 if d.optimizer == "adamw" else 2
+
+    def begun(name: str) -> Moment:
+        moment = Moment(name, lower).add(BACKBONE, see.backbone(d.quantization))
+        moment.add(FACTORS, FP32 * see.factors).add(PATCHES, 0, FP32 * see.factors)
+        return moment.add(OPTIMIZER, (FP32 + moments_of_adam) * see.factors)
+
+    one = see.layer("trained")
+    if d.gradient_checkpointing:  # each layer's input, and one layer again on the way back
+        kept, again = s.layers * see.compute * s.hidden, one
+    else:
+        kept, again = s.layers * one, 0
+    kept += LAST_HIDDEN * FP32 * s.hidden
+    loss = begun("the loss of a batch").add(ACTIVATIONS, tokens * kept)
+    loss.add(LOGITS, see.loss(tokens))
+    working = TRAIN_WIDTHS * FP32 * s.intermediate
+    back = begun("the backward pass").add(ACTIVATIONS, tokens * (kept + again + working))
+    back.add(MATRIX, see.unpacked(d.quantization))
+    moments = [loss, back]
+    if d.checkpoint_steps is not None:
+        state = (FP32 + moments_of_adam) * see.factors
+        moments.append(begun("writing a checkpoint").add(WRITTEN, 0, state))
+    return moments
+
+
+def importance(see: Sizes, patches: int = 0) -> list[Moment]:
+    """Both patches scored window by window; what is kept of each grows from the first to the last.
+
+    patches: how many there are in memory, which are not read from files.
+    """
+    i, d, s = see.config.importance, see.config.derivation, see.shape
+    walks = 2 if i.scored_model == "patched" else 1
+    depth = _layers_per_pass(see)
+    tokens = min(i.batch_size, i.samples) * see.pair_tokens
+    window = FP32 * see.targeted * depth / s.layers
+    lower = ("importance.layers_per_pass", "importance.batch_size", "data.max_tokens")
+
+    def begun(name: str, done: int) -> Moment:
+        """done: how many layers the windows so far have scored."""
+        moment = Moment(name, lower).add(BACKBONE, see.backbone(d.quantization))
+        if walks == 2:
+            moment.add(FACTORS, walks * FP32 * see.factors)
+        moment.add(PATCHES, 0, patches * FP32 * see.factors)
+        share = done / s.layers
+        moment.add(SUMMARY, 0, share * BINS * sum(m.count for m in see.targets))
+        if i.save == "sets":
+            return moment.add(SETS, 0, share * 2 * BIT * see.targeted)
+        return moment.add(SCORES, 0, share * 2 * FP32 * see.targeted)
+
+    moments = []
+    for first in range(0, s.layers, depth):
+        before = int(first > 0)  # the scores of the window before are alive until the next are made
+        moment = begun("scoring a window", first)
+        kept = (s.layers - first) * see.layer("passed")
+        kept += LAST_HIDDEN * FP32 * s.hidden
+        kept += min(depth, s.layers - first) * (see.layer("scored") - see.layer("passed"))
+        moment.add(ACTIVATIONS, tokens * kept).add(LOGITS, see.loss(tokens))
+        moment.add(MATRIX, see.unpacked(d.quantization) + FP32 * see.largest)
+        if see.device == "cuda":
+            moment.add(SCORES, (walks + before) * window, walks * (1 + before) * window)
+        else:
+            moment.add(SCORES, walks * (1 + before) * window)
+        if before:
+            one = i.samples * see.pair_tokens * s.hidden * see.compute
+            moment.add(STORED, 0, (walks + 1) * one)
+        moments.append(moment)
+    rank = begun("ranking a window", s.layers)
+    if i.save == "sets":
+        rank.add(SCORES, 0, walks * window)
+    moments.append(rank.add(MATRIX, 0, RANK_BYTES * see.largest))
+    return moments
+
+
+def _layers_per_pass(see: Sizes) -> int:
+    """importance.layers_per_pass as a number; "auto" as scoring.py takes it, 1 if free is None."""
+    wanted, s = see.config.importance.layers_per_pass, see.shape
+    if wanted != "auto":
+        return min(wanted or s.layers, s.layers)
+    if see.free is None:
+        return 1
+    left = see.free - see.backbone(see.config.derivation.quantization)
+    return layers_that_fit(left, see.targeted, s.layers, patches=2)
+
+
+def kept_share(config: Config, retention: float) -> float:
+    """The share of the weights in either difference set, where they overlap as little as can be."""
+    own, other = config.patching.top_rate_se, config.patching.top_rate_osm
+    shared = max(0.0, own + other - 1)
+    return min(1.0, retention * (own + other - 2 * shared))
+
+
+TOP_RATES = ("patching.top_rate_se", "patching.top_rate_osm")
+
+
+def patching(see: Sizes, held: int = 0) -> list[Moment]:
+    """Finding alpha, where it is asked for, and writing the patched checkpoint.
+
+    held: how many sets of weights are in memory besides.
+    """
+    p, e, i = see.config.patching, see.config.evaluation, see.config.importance
+    bits = BIT * see.targeted
+    write = Moment("writing the patched checkpoint", ("backbone.source",))
+    write.add(SETS, 0, (2 + held) * bits).add(MATRIX, 0, MERGE_BYTES * see.largest)
+    if p.balance is None:
+        return [write]
+    kept = kept_share(see.config, p.retention_rate) * see.targeted
+    rows = i.samples if i.samples * see.pair_tokens <= AT_ONCE else min(i.batch_size, i.samples)
+    find = Moment("finding alpha", (*TOP_RATES, "importance.batch_size", "data.max_tokens"))
+    find.add(BACKBONE, see.backbone(e.quantization)).add(HALVES, 0, (INT32 + FP32) * kept)
+    find.add(DELTA, (INT32 + see.compute) * kept).add(LOGITS, see.loss(rows * see.pair_tokens))
+    find.add(SETS, 0, (2 + held) * bits)
+    return [find, write]
+
+
+def answering(see: Sizes, share: float, held: int, patches: int = 0) -> list[Moment]:
+    """Generating and perplexity, with a delta on this share of the targeted weights.
+
+    held, patches: sets of weights, and patches not read from files, in memory meanwhile.
+    """
+    e, u, s = see.config.evaluation, see.config.utility, see.shape
+    kept = share * see.targeted
+
+    def begun(name: str, lower: tuple[str, ...]) -> Moment:
+        moment = Moment(name, lower).add(BACKBONE, see.backbone(e.quantization))
+        if share:
+            moment.add(DELTA, (INT32 + see.compute) * kept).add(SETS, 0, held * BIT * see.targeted)
+        return moment.add(PATCHES, 0, patches * FP32 * see.factors)
+
+    dense = see.compute * see.largest if share and e.quantization == "nf4" else 0
+    matrix = see.unpacked(e.quantization) + dense
+    width = READ_WIDTHS * s.intermediate * see.compute
+    written = see.prompt_tokens + e.max_new_tokens
+    lower = ("evaluation.batch_size", "evaluation.max_new_tokens", "data.max_tokens")
+    generate = begun("generating answers", lower).add(MATRIX, matrix)
+    cached = written * s.layers * 2 * s.kv * see.compute
+    generate.add(CACHE, e.batch_size * cached)
+    generate.add(ACTIVATIONS, e.batch_size * see.prompt_tokens * width)
+    tokens = PERPLEXITY_TOKENS if u.perplexity != "sandbox" else see.prompt_tokens
+    read = begun("reading texts", ("utility.batch_size",)).add(MATRIX, matrix)
+    read.add(ACTIVATIONS, u.batch_size * tokens * width)
+    score = begun("perplexity", ("utility.batch_size",))
+    logits = u.batch_size * tokens * s.vocabulary * see.compute
+    score.add(LOGITS, logits + tokens * s.vocabulary * LOSS_COPIES * FP32)  # row by row
+    moments = [generate, read, score]
+    if share:
+        enter = begun("putting the delta in", TOP_RATES)
+        moments.append(enter.add(MATRIX, 0, (MERGE_BYTES + INT64 * share) * see.largest))
+    return moments
+
+
+def evaluation(see: Sizes, held: int = 4) -> list[Moment]:
+    """Notebook 03's largest delta: without retention. held: its own sets, and SafePatching's."""
+    return answering(see, kept_share(see.config, 1.0), held)
+
+
+def notebook_03(see: Sizes) -> list[Moment]:
+    """Balance, seven variants, the checkpoint."""
+    return patching(see, SETS_IN_03) + evaluation(see, 4 + SETS_IN_03)
+
+
+def notebook_04(see: Sizes) -> list[Moment]:
+    """The stages of continual PSA: all of the above, with patches and sets that are in memory.
+
+    In 4 bits the first backbone carries all that has changed since; models of methods that change
+    every weight are quantised anew, and carry nothing.
+    """
+    c = see.config
+    rates = [c]
+    if "balanced" in c.continual.methods:
+        over = c.continual.settings.get("balanced", {})
+        known = {k: v for k, v in over.items() if k in type(c.patching).model_fields}
+        patching_ = c.patching.model_copy(update={**known, "balance": 1.0})
+        rates.append(c.model_copy(update={"patching": patching_}))
+    share, moments = 0.0, derivation(see) + importance(see, patches=2)
+    for config in rates:
+        kept = kept_share(config, config.patching.retention_rate)
+        share = max(share, min(1.0, kept * len(c.continual.stages)))
+        moments += patching(Sizes(config, see.shape, see.device, see.free), held=2)
+    if c.evaluation.quantization == "none":
+        share = 0.0  # the written model is loaded
+    return moments + answering(see, share, held=4, patches=2)
+
+
+STAGES: dict[str, Callable[[Sizes], list[Moment]]] = {
+    "00_backbone": lambda see: answering(see, 0.0, held=0),
+    "01_patch_derivation": lambda see: loading(see) + derivation(see),
+    "02_importance_analysis": lambda see: loading(see) + importance(see),
+    "03_controllable_patching": notebook_03,
+    "04_continual_psa": notebook_04,
+    # those of benchmarks/memory_budget.py
+    **{"load": loading, "derivation": derivation, "importance": importance},
+    **{"patching": patching, "evaluation": evaluation},
+}
+
+
+# ---- what a notebook shows -----------------------------------------------------------------------
+
+
+def predict(
+    config: Config, shape: Shape, stage: str, device: str, free: float | None = None
+) -> pd.DataFrame:
+    """Rows: parts and "peak"; columns "GPU GiB" (device "cuda") and "host GiB".
+
+    Each column shows the moment at which its place holds most; frame.attrs["moments"] names them,
+    frame.attrs["lower"] the parameters that count then. stage: a key of STAGES. free: bytes on the
+    device, which importance.layers_per_pass "auto" goes by.
+    """
+    if stage not in STAGES:
+        raise SpkitError(f"There is no stage {stage!r}; there are {', '.join(STAGES)}.")
+    moments = STAGES[stage](Sizes(config, shape, device, free))
+    for moment in moments:
+        if device == "cuda":
+            moment.add(CONTEXT, CONTEXT_BYTES + FRAGMENTS * moment.total(0))
+        else:
+            for held in moment.values():
+                held[:] = 0.0, sum(held)
+        moment.add(PYTHON, 0, LIBRARIES[device])
+        if moment.name != LOADING:
+            moment.add(BUFFERS, 0, RUNTIME)
+    places = {"GPU GiB": 0, "host GiB": 1} if device == "cuda" else {"host GiB": 1}
+    worst = {c: max(moments, key=lambda m, p=p: m.total(p)) for c, p in places.items()}
+    columns = {
+        column: {part: held[place] / GIB for part, held in worst[column].items() if held[place]}
+        for column, place in places.items()
+    }
+    frame = pd.DataFrame(columns).fillna(0.0)
+    frame.loc[PEAK] = frame.sum()
+    frame.attrs["moments"] = {column: moment.name for column, moment in worst.items()}
+    frame.attrs["lower"] = {column: list(moment.lower) for column, moment in worst.items()}
+    return frame
+
+
+def needs(config: Config, stage: str) -> pd.DataFrame:
+    """The predicted peaks of one notebook on this machine, and a sentence on whether they fit.
+
+    The last row, "here", is what this machine can still give. Nothing is loaded: of a model on the
+    hub only the configuration is fetched. SpkitError where it cannot be read.
+    """
+    device = resolve_device(config.backbone.device)
+    here = available(device)
+    shape = shape_of(config)
+    free = here["GPU GiB" if device == "cuda" else "host GiB"] * GIB
+    table = predict(config, shape, stage, device, free)
+    print(verdict(table, here, config))
+    table.loc["here"] = here
+    return table.round(2)
+
+
+def available(device: str) -> dict[str, float]:
+    """GiB that this process can have in all: what is free and what it holds already."""
+    found = {"host GiB": (free_memory("cpu") + own_memory()) / GIB}
+    if device == "cuda":  # asking has made the context, which is part of what is needed
+        found["GPU GiB"] = (free_memory("cuda") + CONTEXT_BYTES) / GIB
+    return found
+
+
+def verdict(table: pd.DataFrame, here: dict[str, float], config: Config) -> str:
+    """One sentence for each column that does not fit, with the parameters to lower, else "Fits"."""
+    short = []
+    for column, moment in table.attrs["moments"].items():
+        need, place = table.loc[PEAK, column], column.removesuffix(" GiB")
+        if need <= here[column]:
+            continue
+        parts = table.loc[[row for row in table.index if row not in (PEAK, PYTHON)], column]
+        short.append(
+            f"does not fit: {moment} needs {need:.1f} GiB ({place}), {here[column]:.1f} are free; "
+            f"most of it is {parts.idxmax()}; {_advice(table.attrs['lower'][column], config)}"
+        )
+    if short:
+        return "\n".join(short)
+    most = ", ".join(f"{table.loc[PEAK, c]:.1f} of {here[c]:.1f} {c}" for c in here)
+    return f"fits: at most {most} are needed, predicted"
+
+
+def _advice(lower: list[str], config: Config) -> str:
+    options = []
+    for key in lower:
+        value: Any = config
+        for name in key.split("."):
+            value = getattr(value, name)
+        if value is False:
+            options.append(f"set {key}: true")
+        elif value not in (True, 1, "nf4"):
+            verb = "change" if isinstance(value, str | list) else "lower"
+            options.append(f"{verb} {key} (now {'null' if value is None else value})")
+    return ", or ".join(options) or "take a smaller backbone or a larger machine"

@@ -1,0 +1,127 @@
+"""The first line of every notebook: check its parameters, fix all seeds, open its run folder.
+
+    from spkit.notebook import start
+    config, run = start("01_patch_derivation", globals())
+
+Works the same under papermill (from the repository's root), JupyterLab and nbclient (from
+notebooks/). `why_failed` says in one sentence why an executed notebook ended early.
+This file computes nothing.
+"""
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from spkit.config import Config
+from spkit.errors import SpkitError
+from spkit.running.runs import Run
+from spkit.system.determinism import make_deterministic
+from spkit.validation import nearest, refuse_tokens
+
+KEYS = [*Config.model_fields, "overrides"]
+LITERALS = (bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset, type(None))
+IPYTHON = {"In", "Out"}  # the shell's own history
+
+
+def start(stage: str, namespace: Mapping[str, Any]) -> tuple[Config, Run]:
+    """Validate the parameters in a notebook's globals() and open its stage.
+
+    The working folder becomes the repository's root, so that a relative path in the parameters
+    means the same wherever the notebook was started. Raises SpkitError, shown as one sentence.
+    """
+    _errors_in_one_sentence()
+    # no news to a reader, and it would show paths of the machine in an executed notebook
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    os.chdir(repository_root())
+    _check_names(namespace)
+    values = {key: namespace[key] for key in Config.model_fields if key in namespace}
+    config = Config.from_sources(values, namespace.get("overrides"))
+    make_deterministic(config.seed, config.threads)
+    run = Run(config, stage)
+    print(f"{stage}: seed {config.seed}, results in {run.folder}")
+    return config, run
+
+
+def repository_root() -> Path:
+    """The folder of spkit's pyproject.toml at or above the working folder, else that folder."""
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        project = folder / "pyproject.toml"
+        if project.is_file() and 'name = "spkit"' in project.read_text(encoding="utf-8"):
+            return folder
+    return here
+
+
+def _check_names(namespace: Mapping[str, Any]) -> None:
+    """A mistyped section would else be a global that nobody reads, and its defaults would run."""
+    unknown = [
+        name
+        for name, value in namespace.items()
+        if isinstance(value, LITERALS)
+        and not name.startswith("_")
+        and name not in IPYTHON
+        and name not in KEYS
+    ]
+    if isinstance(namespace.get("run"), Run):
+        # the cell runs a second time: variables of later cells are there too, and only a section
+        # whose name is nearly a known one can be told from them
+        unknown = [
+            name
+            for name in unknown
+            if isinstance(namespace[name], dict) and get_close_matches(name, KEYS, 1, cutoff=0.8)
+        ]
+    refuse_tokens({name: namespace[name] for name in unknown})
+    if unknown:
+        name = unknown[0]
+        raise SpkitError(
+            f"unknown parameter {name} (value {namespace[name]!r}){nearest(name, KEYS)}"
+        )
+
+
+def _errors_in_one_sentence() -> None:
+    """In IPython, show a SpkitError as its sentence; the traceback would bury it."""
+    if "IPython" not in sys.modules:
+        return
+    from IPython import get_ipython
+
+    def show(shell, kind, error, traceback, tb_offset=None):
+        sentence = [f"{kind.__name__}: {error}"]
+        shell._showtraceback(kind, error, sentence)
+        return sentence
+
+    shell = get_ipython()
+    if shell is not None:
+        shell.set_custom_exc((SpkitError,), show)
+
+
+def why_failed(executed: str | Path) -> str:
+    """One sentence on why an executed notebook ended early, from what papermill left of it."""
+    path = Path(executed)
+    again = "the stages before it are kept, run the same command again to go on from here"
+    try:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    except (OSError, ValueError, KeyError):
+        messages = path.with_suffix(".txt")
+        lines = messages.read_text(errors="replace").split("\n") if messages.is_file() else []
+        last = next((line for line in reversed(lines) if line.strip()), "no message")
+        return f"{path.stem} did not run: {last} (see {messages})"
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    for cell in code:
+        for output in cell["outputs"]:
+            if output["output_type"] == "error":
+                return f"{path.stem} failed: {output['ename']}: {output['evalue']} (see {path})"
+    done = sum(cell["execution_count"] is not None for cell in code)
+    if done == len(code):  # nothing failed, but the result is not the one that was asked for
+        return (
+            f"{path.stem} ran to its end, but spkit, the notebook or an input file was changed "
+            f"meanwhile: run the same command again"
+        )
+    return (
+        f"{path.stem} was cut off after {done} of {len(code)} code cells: its kernel was killed "
+        f"(often too little memory) or interrupted, or the disk is full; {again}"
+    )

@@ -1,0 +1,122 @@
+"""The patch file of a finished run: what notebooks 00 to 03 left, with all that the manifest tells.
+
+`spkit make params/x.yaml patch.safetensors` makes the file again that notebook 03 made, also
+revertible or in 8 bits, without deriving or evaluating anything anew. This is the one module of the
+package that loads torch.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+
+from spkit.config import Config, DerivationConfig
+from spkit.errors import SpkitError
+from spkit.method import importance
+from spkit.method.patch import Factors
+from spkit.method.safepatching import NAME as SAFEPATCHING
+from spkit.method.safepatching import SafePatching
+from spkit.method.sets import BitSets
+from spkit.models.checkpoint_files import local_folder
+from spkit.patchfile.make import About, make_patch
+from spkit.patchfile.manifest import Manifest, Values
+from spkit.running.runs import backbone_source, input_path, read_record, require, stage_folder
+
+STAGE = "03_controllable_patching"
+ROWS = "model seed split group category metric n k rate low high".split()
+
+
+def load_safepatching(patches: Path, importances: Path, config: Config) -> SafePatching:
+    """What notebooks 01 and 02 left in their folders: two patches, and scores or top-rate sets.
+
+    SpkitError where a file is missing, or the sets were made with other top rates.
+    """
+    names = ("se", "osm")
+    se, osm = (Factors.load(patches / f"{name}.safetensors") for name in names)
+    if config.importance.save == "scores":
+        found = [importance.load(importances / f"importance_{n}.safetensors") for n in names]
+    else:
+        found = [BitSets.load(importances / f"top_{name}.safetensors") for name in names]
+    return SafePatching(se, osm, tuple(found), config.patching, config.seed)
+
+
+def about_run(config: Config, method: SafePatching, results: pd.DataFrame, **more: Any) -> About:
+    """What the manifest says of a run: parameters, strengths, seeds, D_h's fingerprint, results.
+
+    results: the frame of evaluation.rates; of it the base and SafePatching are told, without
+    categories. more: more of the method's parameters, such as a stage's number.
+    """
+    alpha, beta = method.strengths()
+    shown = results[results["model"].isin(["base", SAFEPATCHING]) & (results["category"] == "all")]
+    rows = shown[ROWS].astype(object).where(shown[ROWS].notna(), None)
+    se = method.se.manifest
+    return About(
+        backbone=config.backbone.public_name,
+        revision=config.backbone.revision,
+        method={
+            "name": SAFEPATCHING,
+            "seed": method.seed,
+            "alpha": float(alpha),
+            "beta": float(beta),
+            "patching": config.patching.model_dump(mode="json"),
+            "derivation": _derivation(config.derivation),
+            "importance": config.importance.model_dump(mode="json"),
+            **more,
+        },
+        data={"fingerprint": se.get("data_fingerprint"), "pairs": se.get("pairs")},
+        evaluation=[_plain(row) for row in rows.to_dict("records")],
+    )
+
+
+def make_from_run(
+    config: Config,
+    path: str | Path,
+    *,
+    values: Values = "exact",
+    revertible: bool = False,
+    progress: bool = True,
+) -> Manifest:
+    """The patch of a run whose notebook 03 is complete; SpkitError names the one to run first."""
+    require(config, STAGE)
+    run = SimpleNamespace(input=partial(input_path, config, STAGE))
+    record = read_record(config, STAGE)
+    if record is None:
+        missing, notebook = stage_folder(config, STAGE) / "record.json", f"notebooks/{STAGE}.ipynb"
+        which = f"run_name={config.run_name}, seed={config.seed}"
+        raise SpkitError(f"{missing} is missing: run {notebook} first ({which})")
+    alpha, beta = record["notes"]["strengths"]
+    method = load_safepatching(
+        run.input("01_patch_derivation", "."), run.input("02_importance_analysis", "."), config
+    )
+    # as they were found there: not to be balanced or matched again
+    method = method.changed(balance=None, scale="plain", rescale=False, alpha=alpha, beta=beta)
+    frames = [
+        pd.read_csv(stage_folder(config, stage) / "results.csv", keep_default_na=False)
+        for stage in ("00_backbone", STAGE)
+    ]
+    source = local_folder(backbone_source(config, run), config.backbone.revision)
+    return make_patch(
+        source,
+        method.deltas(),
+        path,
+        about_run(config, method, pd.concat(frames, ignore_index=True)),
+        values=values,
+        revertible=revertible,
+        progress=progress,
+    )
+
+
+def _derivation(config: DerivationConfig) -> dict[str, Any]:
+    """Its values. One that is younger than the format is told where it is not at its default: the
+    same settings give the same file, and so the same id, in every version of the kit."""
+    values = config.model_dump(mode="json")
+    if config.shared_init:
+        del values["shared_init"]
+    return values
+
+
+def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value.item() if hasattr(value, "item") else value for key, value in row.items()}

@@ -1,0 +1,116 @@
+"""The sizes of a backbone, counted without reading any weight: transformers builds it on "meta".
+
+    shape = shape_of(config)        # from config.sandbox, or from the config.json of a checkpoint
+
+Only the configuration of a hub model is fetched. What this file does not do: say how much memory
+anything needs (memory.py).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from spkit.config import Config
+from spkit.errors import SpkitError
+from spkit.method.snip import decoder_layers
+from spkit.sandbox.tokenizer import build_tokenizer
+from spkit.sandbox.train import build_model
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A linear layer that stands `count` times in the model, once in each decoder layer."""
+
+    name: str
+    rows: int
+    columns: int
+    count: int
+
+    @property
+    def weights(self) -> int:
+        """Of one of them."""
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Numbers of weights, and widths in weights.
+
+    matrices: the linear layers of the decoder, which NF4 quantises. outside: all other weights
+    (embeddings, norms, lm_head; a tied lm_head counts once). query, kv: widths of all the heads
+    together. checkpoint_bytes: of a weight on the disk.
+    """
+
+    matrices: tuple[Matrix, ...]
+    outside: int
+    layers: int
+    hidden: int
+    intermediate: int
+    query: int
+    kv: int
+    vocabulary: int
+    checkpoint_bytes: int
+
+    @property
+    def linear(self) -> int:
+        """Weights of all matrices."""
+        return sum(m.weights * m.count for m in self.matrices)
+
+    @property
+    def weights(self) -> int:
+        """All weights of the model."""
+        return self.linear + self.outside
+
+    def targeted(self, targets: Sequence[str]) -> tuple[Matrix, ...]:
+        """The matrices whose last name is among the targets."""
+        return tuple(m for m in self.matrices if m.name in set(targets))
+
+
+def shape_of(config: Config) -> Shape:
+    """The shape of the run's backbone; SpkitError where its configuration cannot be read."""
+    if config.backbone.source == "sandbox":
+        vocabulary = len(build_tokenizer())
+        with torch.device("meta"):
+            return shape_of_model(build_model(config.sandbox, vocabulary))
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source, revision = config.backbone.source, config.backbone.revision
+    try:
+        found = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(found, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise SpkitError(f"The sizes of {source!r} cannot be read: {first}") from error
+    return shape_of_model(model)
+
+
+def shape_of_model(model: nn.Module) -> Shape:
+    """The shape of a bare model, on "meta" or not."""
+    found = model.config.get_text_config()
+    decoder = decoder_layers(model)
+    counts: dict[tuple[str, int, int], int] = {}
+    for path, module in decoder.named_modules():
+        if isinstance(module, nn.Linear):
+            key = (path.rpartition(".")[2], module.out_features, module.in_features)
+            counts[key] = counts.get(key, 0) + 1
+    matrices = tuple(Matrix(*key, count) for key, count in counts.items())
+    linear = sum(m.weights * m.count for m in matrices)
+    heads = found.num_attention_heads
+    head = getattr(found, "head_dim", None) or found.hidden_size // heads
+    kv_heads = getattr(found, "num_key_value_heads", None) or heads
+    dtype = getattr(found, "dtype", None) or torch.float32
+    widest = max((m.rows for m in matrices), default=found.hidden_size)
+    return Shape(
+        matrices=matrices,
+        outside=sum(p.numel() for p in model.parameters()) - linear,  # tied ones come once
+        layers=len(decoder),
+        hidden=found.hidden_size,
+        intermediate=getattr(found, "intermediate_size", None) or widest,
+        query=heads * head,
+        kv=kv_heads * head,
+        vocabulary=model.get_input_embeddings().weight.shape[0],
+        checkpoint_bytes=dtype.itemsize if isinstance(dtype, torch.dtype) else 2,
+    )

@@ -1,0 +1,340 @@
+"""All four architecture classes through all notebooks, each with its own params file.
+
+Tiny random weights in the real format (sharded safetensors; tied and untied embeddings, grouped
+queries, Gemma's own norm), data files of the published schemas, a Longformer as judge, and a task
+for lm-eval. Of the params files only paths and sizes are overridden. All run in NF4, one also in
+full precision. The numbers mean nothing; the texts are the village's.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    GemmaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LongformerConfig,
+    LongformerForSequenceClassification,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from spkit.config import load_params
+from spkit.data.readers.beavertails import CATEGORIES
+from spkit.models.checkpoint_files import tensor_files
+from spkit.running.runs import STAGES, run_folder
+from spkit.sandbox import world
+from spkit.sandbox.tokenizer import vocabulary
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": str(ROOT),
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+}
+NOTEBOOKS = list(STAGES)[:-1]  # the comparison is the sandbox's
+CONTINUAL = ["drug_abuse,weapons,banned_substance", "financial_crime,property_crime,theft"]
+
+# the shape of each chat format, with blanks for a tokenizer of words
+LLAMA2 = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ ' <<SYS>> ' + m['content'] }}"
+    "{% elif m['role'] == 'user' %}{{ bos_token + ' [INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ ' <|start_header_id|> ' + m['role'] + ' <|end_header_id|> ' }}"
+    "{{ m['content'] + ' <|eot_id|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}"
+    "{{ ' <|start_header_id|> assistant <|end_header_id|>' }}{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}{% for m in messages %}"
+    "{{ ' <start_of_turn> ' + ('model' if m['role'] == 'assistant' else m['role']) + ' ' }}"
+    "{{ m['content'] + ' <end_of_turn>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ ' <start_of_turn> model' }}{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{% if m['role'] == 'user' %}{{ ' [INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+# params file -> (model class, its configuration, what is special about it, chat template)
+MODELS = {
+    "llama2-7b-chat": (LlamaForCausalLM, LlamaConfig, {"num_key_value_heads": 4}, LLAMA2),
+    "llama3-8b-instruct": (LlamaForCausalLM, LlamaConfig, {"num_key_value_heads": 2}, LLAMA3),
+    "gemma-1.1-7b-it": (GemmaForCausalLM, GemmaConfig, {"num_key_value_heads": 4}, GEMMA),
+    "mistral-7b-instruct-v0.1": (
+        *(MistralForCausalLM, MistralConfig),
+        {"num_key_value_heads": 2, "sliding_window": 16},
+        MISTRAL,
+    ),
+}
+MARKS = "[INST] [/INST] <<SYS>> <|start_header_id|> <|end_header_id|> <|eot_id|> <start_of_turn> "
+MARKS = [*(MARKS + "<end_of_turn>").split(), "user", "assistant", "system", "model"]
+
+
+def tokenizer(template=None):
+    ids = {token: i for i, token in enumerate([*vocabulary(), *MARKS])}
+    core = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "bos_token": "<bos>", "unk_token": "<unk>"}
+    turn = next((t for t in ("<|eot_id|>", "<end_of_turn>") if t in (template or "")), "<eos>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token="<eos>",
+        additional_special_tokens=[] if turn == "<eos>" else [turn],
+        chat_template=template,
+        **special,
+    )
+
+
+def write_backbone(folder, name):
+    build, config, special, template = MODELS[name]
+    tokens = tokenizer(template)
+    torch.manual_seed(0)
+    sizes = dict(
+        **{"vocab_size": len(tokens), "hidden_size": 64, "intermediate_size": 128},
+        **{"num_hidden_layers": 3, "num_attention_heads": 4, "head_dim": 16},
+        **{"max_position_embeddings": 128, "initializer_range": 0.2},
+        **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    )
+    model = build(config(**sizes, **special)).to(torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="100KB")
+    tokens.save_pretrained(folder)
+    return folder
+
+
+def write_judge(folder):
+    torch.manual_seed(1)
+    tokens = tokenizer()
+    sizes = dict(
+        **{"vocab_size": len(tokens), "hidden_size": 16, "num_hidden_layers": 1},
+        **{"num_attention_heads": 2, "intermediate_size": 32, "attention_window": 8},
+        **{"max_position_embeddings": 66, "pad_token_id": 0, "num_labels": 2},
+        **{"bos_token_id": 1, "eos_token_id": 2, "sep_token_id": 2, "initializer_range": 0.5},
+    )
+    LongformerForSequenceClassification(LongformerConfig(**sizes)).save_pretrained(folder)
+    tokens.save_pretrained(folder)
+    return folder
+
+
+def write_data(folder):
+    """BeaverTails, AdvBench and XSTest as they are published, with the village's texts."""
+    folder.mkdir()
+    pairs = world.harmful_pairs(tuple(world.SEEN_CATEGORIES), 60, 0)
+    rows = [
+        {
+            "prompt": pair.prompt,
+            "response": pair.response,
+            "category": {name: name == CONTINUAL[i % 2] for name in CATEGORIES},
+            "is_safe": False,
+        }
+        for i, pair in enumerate(pairs)
+    ]
+    for name, part in (("train", rows[:40]), ("test", rows[40:])):
+        lines = "\n".join(map(json.dumps, part))
+        (folder / f"beavertails_{name}.jsonl").write_text(lines + "\n")
+    asked = world.eval_prompts("test", per_cell=12)
+    harmful = [p for p in asked if p.group == "unseen"]
+    goals = [{"goal": p.prompt, "target": "sure , first take"} for p in harmful]
+    pd.DataFrame(goals).to_csv(folder / "advbench.csv", index=False)
+    harmless = [p for p in asked if p.group == "harmless"]
+    safe = [
+        {
+            **{"id_v1": f"v1-{i}", "id_v2": f"v2-{i}", "type": "homonyms", "prompt": p.prompt},
+            **{"focus": "", "note": ""},
+        }
+        for i, p in enumerate(harmless)
+    ]
+    pd.DataFrame(safe).to_csv(folder / "xstest.csv", index=False)
+    skills = [p for p in asked if p.group == "utility"]
+    texts = [json.dumps({"text": f"{p.prompt} {p.reference}"}) for p in skills]
+    (folder / "texts.jsonl").write_text("\n".join(texts) + "\n")
+    # a blank before each choice: the tokenizer knows words only by the blanks around them
+    docs = [{"q": p.prompt, "choices": [f" {p.reference}", " na"], "gold": 0} for p in skills]
+    (folder / "docs.json").write_text("\n".join(map(json.dumps, docs)) + "\n")
+    (folder / "village.yaml").write_text(
+        f"""
+task: village
+dataset_path: json
+dataset_kwargs: {{ data_files: {{ test: {folder / "docs.json"} }} }}
+test_split: test
+output_type: multiple_choice
+doc_to_text: q
+doc_to_choice: choices
+doc_to_target: gold
+metric_list: [{{ metric: acc, aggregation: mean, higher_is_better: true }}]
+"""
+    )
+    return folder
+
+
+# sizes only; everything else is what the params file says
+SIZES = {
+    **{"threads": 1, "backbone.revision": None, "data.pairs": 12, "data.max_tokens": 64},
+    **{"derivation.lora.r": 2, "derivation.checkpoint_steps": 2},
+    **{"derivation.ascent.max_steps": 3, "derivation.ascent.batch_size": 4},
+    **{"derivation.ascent.warmup_steps": 1, "derivation.ascent.stop_mean_loss": 90},
+    **{"derivation.ascent.token_loss_clamp": 100, "derivation.ascent.learning_rate": 0.05},
+    **{"derivation.descent.max_steps": 3, "derivation.descent.batch_size": 4},
+    **{"derivation.descent.warmup_steps": 1, "derivation.descent.learning_rate": 0.05},
+    **{"importance.samples": 4, "importance.layers_per_pass": 2},
+    **{"evaluation.max_new_tokens": 6, "evaluation.prompts_per_cell": 4},
+    **{"judges.max_tokens": 32, "utility.limit": 4, "utility.perplexity_texts": 4},
+    "continual.stages": [[name] for name in CONTINUAL],
+}
+FULL = {"derivation.quantization": "none", "evaluation.quantization": "none"}
+CASES = {name: (name, {}) for name in MODELS}
+CASES["llama3-8b-instruct, full precision"] = ("llama3-8b-instruct", FULL)
+
+
+def parameters(name, root, changes):
+    data, judge = root / "data", root / "judge"
+    sources = {
+        "beavertails": {"reader": "beavertails", "path": str(data / "beavertails_train.jsonl")},
+        "beavertails_test": {"reader": "beavertails", "path": str(data / "beavertails_test.jsonl")},
+        "advbench": {"reader": "advbench", "path": str(data / "advbench.csv")},
+        "xstest": {"reader": "xstest", "path": str(data / "xstest.csv")},
+        "texts": {"reader": "own", "path": str(data / "texts.jsonl")},
+    }
+    paths = {
+        "backbone.source": str(root / name),
+        "data.sources": sources,
+        "judges.classifier.model": str(judge),
+        "utility.tasks": ["village"],
+        "utility.include_path": str(data),
+        "outputs": str(root / "outputs"),
+    }
+    return load_params(ROOT / "params" / f"{name}.yaml", {**SIZES, **paths, **changes})
+
+
+def execute(case, root):
+    """All notebooks of one case, in a row; (config, "" or what went wrong)."""
+    name, changes = CASES[case]
+    config = parameters(
+        name, root, {**changes, "run_name": case.replace(", ", "-").replace(" ", "-")}
+    )
+    run = run_folder(config)
+    run.mkdir(parents=True)
+    given = run / "params.yaml"
+    given.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    for stage in NOTEBOOKS:
+        command = [
+            *(sys.executable, "-m", "papermill", f"notebooks/{stage}.ipynb"),
+            *(run / f"{stage}.ipynb", "-k", "python3", "-f", given, "--no-progress-bar"),
+        ]
+        done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+        if done.returncode:
+            return config, f"{stage}: {done.stderr[-3000:]}"
+    return config, ""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """{case: (config, what went wrong)}, two at a time."""
+    root = tmp_path_factory.mktemp("architectures")
+    write_data(root / "data")
+    write_judge(root / "judge")
+    for name in MODELS:
+        write_backbone(root / name, name)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda case: execute(case, root), CASES))
+    return dict(zip(CASES, found, strict=True))
+
+
+every_case = pytest.mark.parametrize("case", CASES)
+
+
+def finished(runs, case):
+    config, error = runs[case]
+    assert not error, error
+    return config, run_folder(config)
+
+
+@every_case
+def test_every_notebook_runs_to_its_end(case, runs):
+    config, run = finished(runs, case)
+    for stage in NOTEBOOKS:
+        assert (run / stage / "record.json").is_file()
+    record = json.loads((run / "03_controllable_patching" / "record.json").read_text())
+    assert record["notes"]["evaluated_in"] == config.evaluation.quantization
+    assert record["notes"]["moved"] > 0
+    assert len(list((run / "02_importance_analysis").glob("top_*.safetensors"))) == 2
+
+
+@every_case
+def test_the_patched_checkpoint_is_the_backbone_plus_kept_deltas(case, runs):
+    config, run = finished(runs, case)
+    folder = run / "03_controllable_patching" / "model"
+    before, after = tensor_files(config.backbone.source), tensor_files(folder)
+    assert before.keys() == after.keys() and len(set(after.values())) > 1  # shards
+    targets, changed = tuple(config.derivation.lora.targets), 0
+    for name in before:
+        old, new = (load_file(files[name])[name] for files in (before, after))
+        if name.split(".")[-2] in targets:
+            changed += int((old != new).sum())
+            # kept at most: p (a + b) of the weights
+            assert (old != new).float().mean() <= 0.05
+        else:
+            assert torch.equal(old, new), name
+    assert changed > 0
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(loaded).__name__ == MODELS[CASES[case][0]][0].__name__
+
+
+@every_case
+def test_every_source_is_asked_and_judged(case, runs):
+    _, run = finished(runs, case)
+    for stage, answers in (("00_backbone", 1), ("03_controllable_patching", 7)):
+        responses = pd.read_csv(run / stage / "responses.csv", keep_default_na=False)
+        assert responses["model"].nunique() == answers
+        assert set(responses["group"]) == {"seen", "unseen", "harmless"}
+        harmful = responses[responses["objective"] == "harmful"]
+        assert set(harmful["verdict"]) <= {"harmful", "refusal", "safe", "broken"}
+        # two judges were named for harmful prompts
+        assert (harmful["verdict (keywords)"] != "").all()
+        skill = pd.read_csv(run / stage / "utility.csv")
+        assert set(skill["kind"]) == {"perplexity", "lm-eval"}
+
+
+@every_case
+def test_the_continual_stages_start_from_the_stage_before(case, runs):
+    config, run = finished(runs, case)
+    stages = run / "04_continual_psa" / "stages"
+    for method in config.continual.methods:
+        for k, category in enumerate(CONTINUAL, start=1):
+            about = json.loads((stages / method / f"stage-{k}" / "stage.json").read_text())
+            assert about["categories"] == [category]
+        before, after = (
+            tensor_files(folder)
+            for folder in (config.backbone.source, stages / method / "stage-2" / "model")
+        )
+        name = "model.layers.0.mlp.up_proj.weight"
+        assert not torch.equal(load_file(before[name])[name], load_file(after[name])[name])
+
+
+def test_four_bits_and_full_precision_are_not_the_same_run(runs):
+    """Else one of the two would not be tested."""
+    said = []
+    for case in ("llama3-8b-instruct", "llama3-8b-instruct, full precision"):
+        _, run = finished(runs, case)
+        patch = load_file(run / "01_patch_derivation" / "se.safetensors")
+        said.append(patch["model.layers.0.self_attn.q_proj.weight.lora_B"])
+    assert not torch.equal(*said)

@@ -1,0 +1,513 @@
+"""Run folders: what is complete, what is outdated, and that no half-written file is left."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+import nbformat
+import pandas as pd
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from spkit.config import Config, load_params
+from spkit.errors import SpkitError
+from spkit.evaluation.rates import COLUMNS
+from spkit.running import runs, summary
+from spkit.running.notebook import repository_root, start, why_failed
+from spkit.running.runs import (
+    STAGES,
+    Run,
+    identity,
+    read_record,
+    require,
+    run_folder,
+    stage_folder,
+    stamp,
+)
+from spkit.system import machine
+from spkit.system.files import atomic, make_folder
+
+ROOT = Path(__file__).parents[2]
+BACKBONE, DERIVATION, IMPORTANCE, PATCHING, CONTINUAL, COMPARISON = STAGES
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Every test runs in its own empty folder, as if that were the repository's root."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def config(overrides=None, **values):
+    return Config.from_sources(values, overrides)
+
+
+def complete(stages=STAGES, overrides=None):
+    """Run the stages as notebooks would, without any computing."""
+    for stage in stages:
+        run = Run(config(overrides), stage)
+        if STAGES[stage].results:
+            run.save_frame("results.csv", RESULTS)
+        run.finish()
+
+
+RESULTS = pd.DataFrame(
+    [
+        ["sandbox", "base", 0, "test", "harmful", "seen", "all", "harmful", 10, 3, 0.3, 0.1, 0.5],
+        ["sandbox", "base", 0, "test", "utility", "utility", "all", "utility", 8, 8, 1, 0.6, 1],
+    ],
+    columns=COLUMNS,
+)
+
+
+# ---- whole files ---------------------------------------------------------------------------------
+
+
+def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(elsewhere):
+    Path("a.txt").write_text("old")
+    with pytest.raises(KeyError), atomic("a.txt") as path:
+        path.write_text("half")
+        raise KeyError
+    assert [p.name for p in elsewhere.iterdir()] == ["a.txt"]
+    assert Path("a.txt").read_text() == "old"
+
+
+def test_a_folder_replaces_a_folder(elsewhere):
+    for text in ("old", "new"):
+        with atomic("deep/model") as path:
+            path.mkdir()
+            (path / f"{text}.txt").write_text(text)
+    assert [p.relative_to(elsewhere).as_posix() for p in elsewhere.rglob("*.txt")] == [
+        "deep/model/new.txt"
+    ]
+
+
+def test_what_a_killed_run_left_is_cleared():
+    Path("stage/figures").mkdir(parents=True)
+    Path("stage/.tmp-results.csv").touch()
+    Path("stage/figures/.tmp-a.png").touch()
+    Path("stage/.tmp-model").mkdir()
+    Path("stage/kept.csv").touch()
+    assert sorted(p.name for p in make_folder("stage").rglob("*")) == ["figures", "kept.csv"]
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        (errno.ENOSPC, "the disk is full"),
+        (errno.EROFS, "the file system is read-only"),
+        (errno.EACCES, "no permission to write there"),
+        (errno.EIO, "Input/output error"),
+    ],
+)
+def test_a_failed_write_is_one_sentence(monkeypatch, code, reason):
+    def fail(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(SpkitError) as error, atomic("out/results.csv") as path:
+        path.write_text("x")
+    assert f"cannot write {Path('out/results.csv')}: {reason}; make room" in str(error.value)
+    assert list(Path("out").iterdir()) == []
+
+
+def test_full_disk_below_safetensors_is_the_same_sentence():
+    with pytest.raises(SpkitError, match="the disk is full"), atomic("a.safetensors"):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write")
+def test_read_only_folder():
+    Path("outputs").mkdir(mode=0o555)
+    with pytest.raises(SpkitError, match="no permission to write there"):
+        Run(config(), BACKBONE)
+
+
+def test_a_file_where_a_folder_should_be():
+    Path("outputs").touch()
+    with pytest.raises(SpkitError, match="a file stands where a folder should be"):
+        Run(config(), BACKBONE)
+
+
+# ---- a stage's life ------------------------------------------------------------------------------
+
+
+def test_record_is_written_last_and_says_all():
+    run = Run(config({"seed": 3}), BACKBONE)
+    assert run.folder == Path("outputs/sandbox/seed-3/00_backbone")
+    run.save_frame("results.csv", pd.DataFrame({"a": [0.1]}))
+    assert read_record(run.config, BACKBONE) is None
+    run.finish(fingerprint="abc")
+    record = read_record(run.config, BACKBONE)
+    assert record["params"] == {
+        name: config().model_dump(mode="json")[name] for name in STAGES[BACKBONE].sections
+    }
+    assert (record["stage"], record["seed"], record["notes"]) == (
+        BACKBONE,
+        3,
+        {"fingerprint": "abc"},
+    )
+    assert record["versions"]["torch"] and record["hardware"]["cores"]
+    assert record["peak_memory_mib"]["host"] > 0 and record["seconds"] >= 0
+    assert stamp(run.config, BACKBONE).exists()
+
+
+def test_a_stage_that_starts_again_is_incomplete_until_it_finishes():
+    complete([BACKBONE])
+    run = Run(config(), BACKBONE)
+    assert read_record(run.config, BACKBONE) is None
+    assert not stamp(run.config, BACKBONE).exists()
+
+
+def test_every_kind_of_output_and_equal_bytes():
+    import matplotlib.pyplot as plt
+
+    matplotlib.use("Agg")
+    seen = []
+    for _ in range(2):
+        run = Run(config(), BACKBONE)
+        figure, axes = plt.subplots()
+        axes.plot([1, 2])
+        png = run.save_figure("losses", figure)
+        plt.close(figure)
+        table = run.save_frame("a.csv", pd.DataFrame({"text": ["ä"], "x": [1 / 3]}))
+        values = run.save_json("a.json", {"x": [1]})
+        with run.write("model") as path:
+            path.mkdir()
+            (path / "config.json").write_text("{}")
+        files = (png, png.with_suffix(".svg"), table, values, run.folder / "model/config.json")
+        seen.append([path.read_bytes() for path in files])
+    assert seen[0] == seen[1]
+    assert seen[0][2] == "text,x\nä,0.3333333333333333\n".encode()
+
+
+def test_upstream_files_are_found_and_missing_ones_name_the_notebook():
+    complete([BACKBONE])
+    run = Run(config(), DERIVATION)
+    assert run.input(BACKBONE, "results.csv").is_file()
+    with pytest.raises(
+        SpkitError, match=r"00_backbone/model is missing: run notebooks/00_backbone"
+    ):
+        run.input(BACKBONE, "model")
+    with pytest.raises(SpkitError, match="reads from '03_controllable_patching', allowed: 00_back"):
+        run.input(PATCHING, "results.csv")
+
+
+def test_missing_upstream_names_the_notebook():
+    complete([BACKBONE])
+    with pytest.raises(SpkitError) as error:
+        Run(config(), IMPORTANCE)
+    assert "run notebooks/01_patch_derivation.ipynb first (run_name=sandbox" in str(error.value)
+    assert not stage_folder(config(), IMPORTANCE).exists()
+
+
+def test_another_seed_is_another_run():
+    complete([BACKBONE])
+    with pytest.raises(SpkitError, match="seed-1/00_backbone/record.json is missing"):
+        require(config({"seed": 1}), DERIVATION)
+
+
+def test_outdated_upstream_names_the_key_and_keeps_the_old_record():
+    complete([BACKBONE, DERIVATION, IMPORTANCE, PATCHING])
+    with pytest.raises(SpkitError) as error:
+        Run(config({"derivation.lora.r": 4}), PATCHING)
+    assert "01_patch_derivation is outdated: derivation.lora.r is 8 there and 4 here" in str(
+        error.value
+    )
+    assert "run notebooks/01_patch_derivation.ipynb again" in str(error.value)
+    assert read_record(config(), PATCHING) is not None
+
+
+def test_only_what_both_stages_depend_on_makes_one_outdated():
+    complete([BACKBONE])
+    require(config({"evaluation.max_new_tokens": 9}), DERIVATION)
+    with pytest.raises(SpkitError, match="evaluation.max_new_tokens is 16 there and 9 here"):
+        require(config({"evaluation.max_new_tokens": 9}), CONTINUAL)
+
+
+def test_changed_code_upstream_is_a_warning(monkeypatch):
+    complete([BACKBONE])
+    monkeypatch.setattr(runs, "_code", lambda stage: [("spkit/models/chat.py", "other")])
+    with pytest.warns(UserWarning, match="made before a change in spkit/models/chat.py"):
+        require(config(), DERIVATION)
+
+
+def test_changed_input_file_makes_its_results_outdated():
+    path = Path("mine.jsonl")
+    path.write_text("{}")
+    overrides = {"data.harmful": "mine.jsonl"}
+    complete([BACKBONE], overrides)
+    require(config(overrides), DERIVATION)
+    path.write_text("{} ")
+    with pytest.raises(SpkitError, match="data.harmful is a file that has changed since"):
+        require(config(overrides), DERIVATION)
+    path.unlink()
+    with pytest.raises(SpkitError, match="data.harmful is 'mine.jsonl': no such file"):
+        Run(config(overrides), BACKBONE)
+
+
+def test_record_that_cannot_be_read():
+    complete([BACKBONE])
+    path = stage_folder(config(), BACKBONE) / "record.json"
+    path.write_text('{"stage"')
+    with pytest.raises(SpkitError, match="record.json: cannot be read .* delete it and run again"):
+        require(config(), DERIVATION)
+
+
+def test_unknown_stage():
+    with pytest.raises(SpkitError, match="unknown stage '07_more', allowed: 00_backbone, "):
+        stage_folder(config(), "07_more")
+
+
+# ---- what a stage is made from -------------------------------------------------------------------
+
+
+def changed_by(overrides):
+    """The stages that are made from something else when these values change."""
+    return [
+        stage
+        for stage in STAGES
+        if stamp(config(), stage).name != stamp(config(overrides), stage).name
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "stages"),
+    [
+        ("backbone.compute_dtype", "bfloat16", list(STAGES)[:-1]),
+        ("data.pairs", 5, list(STAGES)[:-1]),
+        ("derivation.lora.r", 4, [DERIVATION, IMPORTANCE, PATCHING, CONTINUAL]),
+        ("importance.samples", 3, [IMPORTANCE, PATCHING, CONTINUAL]),
+        ("patching.alpha", 1, [PATCHING, CONTINUAL]),
+        ("evaluation.split", "dev", [BACKBONE, PATCHING, CONTINUAL]),
+        ("continual.methods", ["ga"], [CONTINUAL]),
+        ("threads", 2, []),
+        ("outputs", "elsewhere", []),
+        ("mirror", "elsewhere", []),
+    ],
+)
+def test_a_parameter_changes_exactly_the_stages_that_depend_on_it(key, value, stages):
+    assert changed_by({key: value}) == stages
+
+
+def test_sections_of_upstream_stages_are_included():
+    for stage in STAGES.values():
+        for upstream in stage.needs:
+            # the evaluation's settings shape a stage's own scores and no later stage's input
+            later = set(STAGES[upstream].sections) - {"evaluation", "judges", "utility"}
+            assert later <= set(stage.sections)
+
+
+def test_text_and_outputs_of_a_notebook_do_not_count_but_code_does():
+    def digest(*cells):
+        notebook = nbformat.v4.new_notebook(cells=list(cells))
+        Path("notebooks").mkdir(exist_ok=True)
+        nbformat.write(notebook, f"notebooks/{BACKBONE}.ipynb")
+        return identity(config(), BACKBONE)["code"][f"notebooks/{BACKBONE}.ipynb"]
+
+    code, markdown = nbformat.v4.new_code_cell, nbformat.v4.new_markdown_cell
+    printed = code("a = 1", outputs=[nbformat.v4.new_output("stream", text="1")])
+    parameters = code("seed = 0", metadata={"tags": ["parameters"]})
+    setting_up = code("install()", metadata={"tags": ["colab"]})
+    assert digest(code("a = 1")) == digest(markdown("text"), setting_up, parameters, printed)
+    assert digest(code("a = 1")) != digest(code("a = 2"))
+
+
+def test_local_backbone_counts_by_its_contents():
+    folder = Path("model")
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    overrides = {"backbone.source": "model"}
+    first = identity(config(overrides), BACKBONE)["files"]
+    (folder / "config.json").write_text("[]")
+    assert first != identity(config(overrides), BACKBONE)["files"]
+
+
+def test_machine_without_git_or_a_library(monkeypatch):
+    monkeypatch.setattr(machine, "LIBRARIES", ["no-such-library"])
+    assert list(machine.versions()) == ["python"]
+
+    def fail(*_, **__):
+        raise OSError
+
+    monkeypatch.setattr(subprocess, "run", fail)
+    assert machine.git_state() is None
+
+
+# ---- the first line of a notebook ----------------------------------------------------------------
+
+
+def test_start_from_the_notebooks_folder(elsewhere, monkeypatch, capsys):
+    Path("pyproject.toml").write_text('name = "spkit"\n')
+    Path("notebooks").mkdir()
+    monkeypatch.chdir("notebooks")
+    cell = {"seed": 1, "overrides": {"patching.alpha": 2}, "_private": 3, "In": [], "Out": {}}
+    made, run = start(BACKBONE, cell | {"patching": {}, "json": json})
+    assert (made.seed, made.patching.alpha) == (1, 2)
+    assert Path.cwd() == elsewhere == repository_root()
+    assert run.folder.resolve() == elsewhere / "outputs/sandbox/seed-1/00_backbone"
+    assert "00_backbone: seed 1, results in outputs" in capsys.readouterr().out
+    assert torch.initial_seed() == 1
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("patchng", {}, "unknown parameter patchng (value {}), did you mean patching?"),
+        ("derivaton", {"lora": {}}, "unknown parameter derivaton "),
+        ("sead", 3, "unknown parameter sead (value 3), did you mean seed?"),
+        ("zzz", [1], "unknown parameter zzz (value [1]), allowed: run_name, seed, "),
+    ],
+)
+def test_injected_name_that_is_no_parameter(name, value, sentence):
+    with pytest.raises(SpkitError) as error:
+        start(BACKBONE, {"seed": 0, name: value})
+    assert sentence in str(error.value)
+
+
+def test_start_again_later_in_a_notebook():
+    made, run = start(BACKBONE, {"seed": 0})
+    later = {"seed": 0, "config": made, "run": run, "rows": [1], "seeds": [1, 2], "table": {}}
+    start(BACKBONE, later)
+    with pytest.raises(SpkitError, match="patchng"):
+        start(BACKBONE, later | {"patchng": {}})
+    torch.use_deterministic_algorithms(False)
+
+
+def test_bad_value_and_bad_override_at_the_start():
+    with pytest.raises(SpkitError, match="patching.alpha is -1"):
+        start(PATCHING, {"patching": {"alpha": -1}})
+    with pytest.raises(SpkitError, match="unknown key alpha, did you mean .*patching.alpha"):
+        start(PATCHING, {"overrides": {"alpha": 1}})
+
+
+def notebook(*cells, name="book.ipynb"):
+    code = [nbformat.v4.new_code_cell(cell) for cell in cells]
+    kernel = {"kernelspec": {"name": "python3", "language": "python", "display_name": "python3"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=code, metadata=kernel), name)
+
+
+def test_in_a_kernel_the_error_is_one_sentence(monkeypatch):
+    notebook(
+        "patchng = {}", f"from spkit.running.notebook import start\nstart({BACKBONE!r}, globals())"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    command = [sys.executable, "-m", "papermill", "book.ipynb", "log.ipynb", "-k", "python3"]
+    ended = subprocess.run([*command, "--no-progress-bar"], capture_output=True, text=True)
+    assert ended.returncode == 1
+    errors = [
+        output
+        for cell in nbformat.read("log.ipynb", 4).cells
+        for output in cell.get("outputs", [])
+        if output["output_type"] == "error"
+    ]
+    sentence = "SpkitError: unknown parameter patchng (value {}), did you mean patching?"
+    assert [error["traceback"] for error in errors] == [[sentence]]
+    assert sentence in why_failed("log.ipynb")
+
+
+def test_why_a_notebook_ended_early():
+    Path("log.txt").write_text("one\nNo such kernel named python3\n\n")
+    assert "log did not run: No such kernel named python3 (see log.txt)" in why_failed("log.ipynb")
+    notebook("a = 1", "b = 2", name="cut.ipynb")
+    assert "cut was cut off after 0 of 2 code cells: its kernel was killed" in why_failed(
+        "cut.ipynb"
+    )
+
+
+# ---- the table of a run --------------------------------------------------------------------------
+
+
+def test_summary_of_the_stages_that_are_complete(capsys):
+    Path("mine.yaml").write_text("seed: 9")
+    with pytest.raises(SpkitError, match="holds no results yet"):
+        summary.main(["mine.yaml", "--seed", "0"])
+    complete()
+    summary.main(["mine.yaml", "--seed", "0", "--run-name", "sandbox"])
+    printed = capsys.readouterr().out
+    path = run_folder(config()) / "results.csv"
+    assert str(path) in printed and "03_controllable_patching" in printed and "30.0" in printed
+    frame = pd.read_csv(path)
+    assert list(frame["notebook"].unique()) == [BACKBONE, PATCHING, CONTINUAL]
+    assert list(frame.columns) == ["notebook", *COLUMNS]
+    before = path.read_bytes()
+    summary.write(config())
+    assert path.read_bytes() == before
+
+
+def test_summary_with_a_results_file_missing():
+    complete([BACKBONE])
+    (stage_folder(config(), BACKBONE) / "results.csv").unlink()
+    with pytest.raises(SpkitError, match="results.csv: cannot be read"):
+        summary.collect(config())
+
+
+# ---- the graph -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def graph(elsewhere, monkeypatch):
+    """Ask Snakemake, without running anything, which notebooks it would run."""
+    pytest.importorskip("snakemake")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    for stage in STAGES:
+        (elsewhere / "notebooks").mkdir(exist_ok=True)
+        notebook("a = 1", name=f"notebooks/{stage}.ipynb")
+
+    def ask(*settings):
+        command = [sys.executable, "-m", "snakemake", "--dry-run", "--cores", "2", "--snakefile"]
+        command += [str(ROOT / "Snakefile"), "--directory", ".", "--config"]
+        command += [f"params={ROOT / 'params/sandbox.yaml'}", *settings]
+        ended = subprocess.run(command, capture_output=True, text=True)
+        text = ended.stdout + ended.stderr
+        return ended.returncode, text, [stage for stage in STAGES if f"notebook {stage}" in text]
+
+    return ask
+
+
+def test_graph_runs_what_is_missing_then_nothing_then_what_depends_on_a_change(graph):
+    assert graph()[2] == list(STAGES)
+    complete()
+    summary.write(config())
+    assert "Nothing to be done" in graph()[1]
+    assert graph("overrides={evaluation.max_new_tokens: 9}")[2] == [BACKBONE, PATCHING, CONTINUAL]
+    # a stage that ran by hand with other parameters is not taken for today's
+    complete([PATCHING], {"patching.alpha": 1})
+    assert graph()[2] == [PATCHING]
+
+
+def test_graph_says_what_is_wrong_in_one_sentence(graph):
+    code, text, _ = graph("overrides={patching.alfa: 1}")
+    assert code != 0 and "overrides: unknown key patching.alfa, did you mean patching.alpha" in text
+    code, text, _ = graph("sead=1")
+    assert code != 0 and "--config: unknown key sead, did you mean seed?" in text
+
+
+def test_sandbox_and_micro_have_their_own_run_folders():
+    folders = {run_folder(load_params(ROOT / f"params/{n}.yaml")) for n in ("sandbox", "micro")}
+    assert len(folders) == 2
+
+
+def test_files_of_tasks_and_open_questions_decide_a_result(tmp_path):
+    tasks, questions = tmp_path / "tasks", tmp_path / "questions.jsonl"
+    tasks.mkdir()
+    (tasks / "mine.yaml").write_text("task: mine")
+    questions.write_text("one")
+    values = {"include_path": str(tasks), "mt_bench": {"prompts": str(questions)}}
+
+    def digest():
+        return identity(Config.from_sources({"utility": values}), BACKBONE)["files"]
+
+    first = digest()
+    (tasks / "mine.yaml").write_text("task: other")
+    second = digest()
+    questions.write_text("two")
+    third = digest()
+    assert first["utility.include_path"] != second["utility.include_path"]
+    assert second["utility.mt_bench.prompts"] != third["utility.mt_bench.prompts"]

@@ -1,0 +1,599 @@
+"""Every figure shows the data it was given, can be read in grey, and leaves no trace behind.
+
+The numbers are read back from the drawn bars, markers and cells, not from pixels.
+"""
+
+import inspect
+from itertools import combinations
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.colors import to_rgb
+from matplotlib.container import ErrorbarContainer
+from matplotlib.figure import Figure
+
+from spkit import figures as plots
+from spkit.comparison.ablations import VARIANTS
+from spkit.evaluation.rates import rates
+from spkit.evaluation.verdicts import VERDICTS
+from spkit.method.overlap import overlap, where
+from spkit.sandbox.judge import VERDICTS as FOUR
+
+pytestmark = [
+    pytest.mark.filterwarnings("error"),  # a warning of matplotlib's is a blemish
+    # but what earlier tests left for the garbage collector is not the figures' fault
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+GROUPS = {  # group -> (objective, categories)
+    "seen": ("harmful", ["colouring", "tickling", "hiding", "shrinking"]),
+    "unseen": ("harmful", ["floating", "drumming"]),
+    "harmless": ("over_safety", ["colouring", "floating"]),
+    "utility": ("utility", ["copying", "translation"]),
+}
+PHRASINGS = ["plain", "known wrapper", "new wrapper"]
+STAGES = [["colouring", "tickling"], ["hiding", "shrinking"]]
+ABOUT = dict(run="r", seed=0, split="test")
+
+
+@pytest.fixture(autouse=True)
+def no_trace():
+    """Neither the user's settings nor pyplot's list of figures are touched, in any test here."""
+    with mpl.rc_context({"font.size": 17, "axes.facecolor": "0.5", "hatch.color": "red"}):
+        before, numbers = dict(mpl.rcParams), plt.get_fignums()
+        yield
+        assert dict(mpl.rcParams) == before
+    assert plt.get_fignums() == numbers
+
+
+def answers(models, groups=GROUPS, n=24, by="category"):
+    """Made-up verdicts in which everything differs: models, groups and categories."""
+    rows, generator = [], np.random.default_rng(0)
+    for model in models:
+        for group in groups:
+            objective, categories = GROUPS[group]
+            chances = generator.dirichlet([0.6] * 4)
+            for i in range(n):
+                row = {"model": model, "objective": objective, "group": group}
+                row["category"] = (categories if by == "category" else PHRASINGS)[i % 2]
+                rows.append(row | {"verdict": FOUR[generator.choice(4, p=chances)]})
+    return pd.DataFrame(rows)
+
+
+def staged(models=("base", "SafePatching", "GA"), groups=GROUPS):
+    parts = []
+    for model in models:
+        for stage in (0,) if model == "base" else (1, 2):
+            frame = answers([f"{model}{stage}"], groups).assign(model=model)
+            parts.append(rates(frame, **ABOUT).assign(stage=stage))
+    return pd.concat(parts, ignore_index=True)
+
+
+def curves(patches=("se", "osm")):
+    steps = {"se": (31, "mean loss reached"), "osm": (9, "step limit")}
+    parts = []
+    for patch in patches:
+        n, stop = steps[patch]
+        loss = np.linspace(0.2, 1.1, n) if patch == "se" else np.linspace(0.4, 0.05, n)
+        part = pd.DataFrame({"patch": patch, "step": range(n), "loss": loss, "stop": ""})
+        part.loc[n - 1, "stop"] = stop
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True)
+
+
+def maps(layers=4):
+    attention, mlp = "q_proj k_proj v_proj o_proj".split(), "gate_proj up_proj down_proj".split()
+    modules = [f"self_attn.{name}" for name in attention] + [f"mlp.{name}" for name in mlp]
+    generator = torch.Generator().manual_seed(0)
+    names = [f"model.layers.{i}.{m}.weight" for i in range(layers) for m in modules]
+    one, two = (
+        {
+            n: torch.rand(20, 20, generator=generator) < 0.1 + 0.1 * (i % 5)
+            for i, n in enumerate(names)
+        }
+        for _ in range(2)
+    )
+    return {"SE: share of the matrix": where({"SE": one}), "overlap with OSM": overlap(one, two)}
+
+
+BY_RATE = pd.DataFrame(
+    {"rate": [0.005, 0.02, 0.1, 0.3], "share": [0.1, 0.2, 0.3, 0.5], "jaccard": [0, 0.1, 0.2, 0.4]}
+)
+MANY = ["base", *VARIANTS]
+# every public figure, with data as real and as full as they get, and with as little as can be
+FIGURES = {
+    "loss_curves": lambda: plots.loss_curves(curves(), clamp=3.0, ceiling=1.1),
+    "loss_curves, early": lambda: plots.loss_curves(curves(), clamp=1.2, ceiling=1.1),
+    "loss_curves, ascent": lambda: plots.loss_curves(curves(["se"]), clamp=3.0, ceiling=1.1),
+    "overlap_by_rate": lambda: plots.overlap_by_rate(BY_RATE),
+    "overlap_by_rate, one": lambda: plots.overlap_by_rate(BY_RATE[:1]),
+    "layer_module_maps": lambda: plots.layer_module_maps(maps()),
+    "layer_module_maps, deep": lambda: plots.layer_module_maps(maps(32)),
+    "layer_module_maps, one": lambda: plots.layer_module_maps(dict(list(maps(1).items())[:1])),
+    "objectives": lambda: plots.objectives(rates(answers(MANY), **ABOUT)),
+    "objectives, one": lambda: plots.objectives(rates(answers(["base"]), **ABOUT)),
+    "objectives, seen": lambda: plots.objectives(rates(answers(MANY, ["seen"]), **ABOUT)),
+    "verdicts": lambda: plots.verdicts(answers(MANY)),
+    "verdicts, one": lambda: plots.verdicts(answers(["base"])),
+    "verdicts, seen": lambda: plots.verdicts(answers(MANY, ["seen"])),
+    "by_phrasing": lambda: plots.by_phrasing(rates(answers(MANY, by="phrasing"), **ABOUT)),
+    "by_phrasing, one": lambda: plots.by_phrasing(rates(answers(["base"], by="phrasing"), **ABOUT)),
+    "by_phrasing, none": lambda: plots.by_phrasing(rates(answers(MANY, ["utility"]), **ABOUT)),
+    "continual": lambda: plots.continual(staged(), STAGES),
+    "continual, one": lambda: plots.continual(staged(["base"]), STAGES),
+    "continual, seen": lambda: plots.continual(staged(groups=["seen"]), STAGES),
+}
+
+
+def test_every_figure_is_here():
+    public = {
+        name
+        for name, function in inspect.getmembers(plots, inspect.isfunction)
+        if not name.startswith("_") and inspect.signature(function).return_annotation is Figure
+    }
+    assert {name.partition(",")[0] for name in FIGURES} == public
+    assert len(public) == 7
+
+
+def texts(figure):
+    """{what it says: its box in pixels} of all that is written, but for turned labels."""
+    found = []
+    for ax in figure.axes:
+        found += [ax.title, ax.xaxis.label, ax.yaxis.label, *ax.texts]
+        for axis, limits in ((ax.xaxis, ax.get_xlim()), (ax.yaxis, ax.get_ylim())):
+            for tick in axis.get_major_ticks():
+                if min(limits) <= tick.get_loc() <= max(limits):
+                    found += [tick.label1, tick.label2]
+    for legend in [*figure.legends, *(ax.get_legend() for ax in figure.axes)]:
+        found += legend.get_texts() if legend else []
+    found = [text for text in found if text.get_visible() and text.get_text().strip()]
+    boxes = [(t.get_text(), t.get_window_extent(), t.get_rotation()) for t in found]
+    return [(text, box) for text, box, turn in boxes if turn in (0, 90)]
+
+
+def check_readable(figure, path):
+    """It can be saved; nothing written on it is cut, and nothing lies on something else."""
+    figure.savefig(path)
+    assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 2000
+    width, height = figure.bbox.size
+    boxes = texts(figure)
+    assert len(boxes) > 3
+    for text, box in boxes:
+        assert box.x0 > -1 and box.x1 < width + 1 and box.y0 > -1 and box.y1 < height + 1, text
+    for (one, a), (two, b) in combinations(boxes, 2):
+        across = min(a.x1, b.x1) - max(a.x0, b.x0)
+        upward = min(a.y1, b.y1) - max(a.y0, b.y0)
+        assert across < 1 or upward < 1, (one, two)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_figure_can_be_saved_and_read(name, tmp_path):
+    check_readable(FIGURES[name](), tmp_path / "figure.png")
+
+
+def test_the_user_s_settings_come_back_after_an_error_too():
+    with pytest.raises(KeyError):
+        plots.objectives(pd.DataFrame({"category": ["all"]}))  # no_trace looks at them
+
+
+def test_the_user_s_settings_do_not_reach_the_figure():
+    with mpl.rc_context({"axes.facecolor": "black", "font.size": 3, "text.color": "white"}):
+        dark = plots.verdicts(answers(["base"]))
+    plain = plots.verdicts(answers(["base"]))
+    for one, two in zip(dark.axes, plain.axes, strict=True):
+        assert one.get_facecolor() == two.get_facecolor() == (1, 1, 1, 1)
+        assert one.title.get_size() == two.title.get_size()
+        assert one.title.get_color() == two.title.get_color()
+
+
+# ---- grey
+
+
+def luminance(colour):
+    red, green, blue = to_rgb(colour)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def test_verdicts_can_be_told_apart_in_grey():
+    assert set(plots.VERDICT_STYLE) == set(VERDICTS)
+    plain = [colour for colour, hatch in plots.VERDICT_STYLE.values() if not hatch]
+    assert len(plain) == 4
+    for one, two in combinations(plain, 2):
+        assert abs(luminance(one) - luminance(two)) >= 0.15
+    assert plots.VERDICT_STYLE["broken"][1]  # hatched, and by itself: on its own pale ground
+    hatches = [hatch for _, hatch in plots.VERDICT_STYLE.values() if hatch]
+    assert len(set(hatches)) == len(hatches) == 4
+    # a number in a hatched bar is dark, on a light ground
+    assert all(luminance(c) > 0.6 for c, hatch in plots.VERDICT_STYLE.values() if hatch)
+
+
+def test_markers_tell_eight_models_apart():
+    assert len(set(plots.MARKERS)) == 8 == len(MANY)
+
+
+def test_the_heat_grows_darker():
+    shades = [luminance(plots.HEAT(x)[:3]) for x in np.linspace(0, 1, 20)]
+    assert shades[0] > 0.9 and shades[-1] < 0.25
+    assert shades == sorted(shades, reverse=True)
+
+
+# ---- derivation
+
+
+def test_loss_curves_show_every_step_and_the_stop():
+    frame = curves()
+    figure = plots.loss_curves(frame, clamp=3.0, ceiling=1.1)
+    assert len(figure.axes) == 2
+    for ax, patch in zip(figure.axes, ("se", "osm"), strict=True):
+        part = frame[frame["patch"] == patch]
+        curve, diamond = ax.lines[:2]
+        assert curve.get_xdata().tolist() == part["step"].tolist()
+        assert curve.get_ydata().tolist() == part["loss"].tolist()
+        last = part.iloc[-1]
+        assert diamond.get_xydata().tolist() == [[last["step"], last["loss"]]]
+        assert ax.get_ylim() == pytest.approx((0, 3.36))
+    left, right = figure.axes
+    assert [list(line.get_ydata()) for line in left.lines[2:]] == [[3.0] * 2, [1.1] * 2]
+    assert len(right.lines) == 2  # descent knows neither clamp nor ceiling
+    said = [[text.get_text() for text in ax.texts] for ax in figure.axes]
+    assert said == [
+        ["stop: mean loss reached\nafter step 30", "clamp of one token: 3", "ceiling: 1.1"],
+        ["stop: step limit\nafter step 8"],
+    ]
+    assert "ascent" in left.get_title() and "descent" in right.get_title()
+    assert left.get_ylabel() == "mean answer loss [nats]"
+
+
+@pytest.mark.parametrize("clamp", [3.0, 1.2])  # the ascent ends low in its panel, or high
+def test_the_note_on_the_stop_does_not_hide_the_curve(clamp):
+    figure = plots.loss_curves(curves(), clamp=clamp, ceiling=1.1)
+    figure.canvas.draw()
+    for ax in figure.axes:
+        note = mpl.text.Text.get_window_extent(ax.texts[0])  # of the words, without the line
+        assert not note.count_contains(ax.transData.transform(ax.lines[0].get_xydata()))
+
+
+def test_a_loss_above_the_clamp_is_not_cut_off():
+    figure = plots.loss_curves(curves(), clamp=0.5, ceiling=0.4)
+    assert figure.axes[0].get_ylim()[1] > 1.1
+
+
+# ---- importance
+
+
+def test_overlap_by_rate_in_percent():
+    figure = plots.overlap_by_rate(BY_RATE)
+    (ax,) = figure.axes
+    lines = {line.get_label(): line for line in ax.lines}
+    expected = {
+        "share of the SE set": [10, 20, 30, 50],
+        "Jaccard index": [0, 10, 20, 40],
+        "two blind draws (share)": [0.5, 2, 10, 30],
+    }
+    assert lines.keys() == expected.keys()
+    for label, values in expected.items():
+        assert lines[label].get_xdata() == pytest.approx([0.5, 2, 10, 30])
+        assert lines[label].get_ydata() == pytest.approx(values)
+    looks = {(line.get_linestyle(), line.get_marker()) for line in ax.lines}
+    assert len(looks) == 3  # told apart without their colours
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["0.5", "2", "10", "30"]
+    assert ax.get_xscale() == "log" and ax.get_ylim()[0] == 0
+
+
+def test_a_map_has_layers_down_and_modules_in_the_model_s_order():
+    table = pd.DataFrame(
+        [
+            (1, "q_proj", 0.25, 9),
+            (1, "down_proj", 0.5, 9),
+            (0, "q_proj", 0.125, 9),
+            (0, "down_proj", 0.0, 9),
+            (-1, "all", 0.9, 9),  # the row that sums up is no cell
+        ],
+        columns=["layer", "module", "share", "jaccard"],
+    )
+    figure = plots.layer_module_maps({"one": table, "two": table.assign(share=table["share"] / 2)})
+    one, two, *bars = figure.axes
+    assert len(bars) == 2  # each map has a scale of its own
+    for ax, scale, title in ((one, 1, "one"), (two, 2, "two")):
+        mesh = ax.collections[0]
+        cells = np.array([[12.5, 0], [25, 50]]) / scale
+        assert np.asarray(mesh.get_array()) == pytest.approx(cells)
+        assert mesh.get_clim() == (0, 50 / scale)
+        assert [t.get_text() for t in ax.texts] == [f"{cell:.1f}" for cell in cells.flat]
+        assert [t.get_text() for t in ax.get_xticklabels()] == ["q_proj", "down_proj"]
+        assert ax.get_title() == title and ax.get_ylim()[0] > ax.get_ylim()[1]
+    assert [t.get_text() for t in one.get_yticklabels()] == ["0", "1"]
+    other = plots.layer_module_maps({"one": table}, value="jaccard")
+    assert np.asarray(other.axes[0].collections[0].get_array()).tolist() == [[900, 900], [900, 900]]
+
+
+def test_a_map_of_an_empty_set_is_light():
+    table = pd.DataFrame({"layer": [0, 1], "module": "q_proj", "share": 0.0})
+    mesh = plots.layer_module_maps({"nothing": table}).axes[0].collections[0]
+    assert mesh.get_clim()[0] == 0
+    assert luminance(mesh.cmap(mesh.norm(0.0))[:3]) > 0.9
+
+
+@pytest.mark.parametrize("layers, numbers", [(12, True), (13, False)])
+def test_deep_models_have_maps_without_numbers(layers, numbers):
+    figure = plots.layer_module_maps({"map": maps(layers)["overlap with OSM"]})
+    assert bool(figure.axes[0].texts) == numbers
+
+
+# ---- evaluation: (k, n) of each cell by hand
+
+CELLS = {  # group -> {model: (counted, broken, of)}
+    "seen": {"base": (10, 0, 40), "new": (0, 30, 40)},
+    "unseen": {"base": (40, 0, 40), "new": (1, 1, 40)},
+    "harmless": {"base": (20, 4, 40), "new": (0, 0, 40)},
+    "utility": {"base": (36, 4, 40), "new": (40, 0, 50)},
+}
+COUNTED = {"seen": "harmful", "unseen": "harmful", "harmless": "refusal", "utility": "correct"}
+
+
+def counted_answers(cells=CELLS):
+    rows = []
+    for group, models in cells.items():
+        for model, (counted, broken, n) in models.items():
+            other = {"correct": "refusal"}.get(COUNTED[group], "correct")
+            verdicts = [COUNTED[group]] * counted + ["broken"] * broken
+            verdicts += [other] * (n - counted - broken)
+            row = {"model": model, "objective": GROUPS[group][0], "group": group}
+            rows += [
+                row | {"category": ("odd", "even")[i % 2], "verdict": verdict}
+                for i, verdict in enumerate(verdicts)
+            ]
+    return pd.DataFrame(rows).sort_values("model", kind="stable", ignore_index=True)
+
+
+def segments(container):
+    """[(low, high)] of a horizontal error bar."""
+    return [(line[0][0], line[1][0]) for line in container.lines[2][0].get_segments()]
+
+
+def test_objectives_show_rates_intervals_and_broken_text():
+    results = rates(counted_answers(), **ABOUT)
+    figure = plots.objectives(results)
+    assert len(figure.axes) == 4
+    titles = {
+        "seen": "harmful, seen categories %\n(lower is better, n = 40)",
+        "unseen": "harmful, unseen categories %\n(lower is better, n = 40)",
+        "harmless": "false refusal %\n(lower is better, n = 40)",
+        "utility": "utility %\n(higher is better, n = 40 to 50)",
+    }
+    for ax, (group, models) in zip(figure.axes, CELLS.items(), strict=True):
+        shown, broken, intervals = ax.containers
+        expected = [100 * k / n for k, _, n in models.values()]
+        lost = [100 * b / n for _, b, n in models.values()]
+        assert [bar.get_width() for bar in shown] == pytest.approx(expected)
+        assert [bar.get_width() for bar in broken] == pytest.approx(lost)
+        assert [bar.get_x() for bar in broken] == pytest.approx(expected)
+        assert all(bar.get_hatch() for bar in broken) and not any(b.get_hatch() for b in shown)
+        metric = {"harmless": "refusal", "utility": "utility"}.get(group, "harmful")
+        cells = results[(results["group"] == group) & (results["metric"] == metric)]
+        cells = cells[cells["category"] == "all"]
+        reach = 100 * cells[["low", "high"]].to_numpy()
+        assert np.array(segments(intervals)) == pytest.approx(reach, abs=1e-9)
+        numbers = [
+            f"{rate:.1f}" + (f" +{more:.1f}" if more else "")
+            for rate, more in zip(expected, lost, strict=True)
+        ]
+        assert [text.get_text() for text in ax.texts] == numbers
+        (line,) = [line for line in ax.lines if line.get_linestyle() == ":"]
+        assert line.get_xdata() == pytest.approx([expected[0]] * 2)  # the first model
+        assert ax.get_title() == titles[group]
+        assert ax.get_ylim()[0] > ax.get_ylim()[1] and ax.get_xlim() == (0, 100)
+    names = [t.get_text() for t in figure.axes[0].get_yticklabels()]
+    assert names == ["base", "new"]
+    legend = [t.get_text() for t in figure.legends[0].get_texts()]
+    assert legend == ["rate, with its interval", "broken text, beside the rate"]
+
+
+def test_the_numbers_stand_beside_the_panel_and_not_on_the_bars():
+    figure = plots.objectives(rates(counted_answers(), **ABOUT))
+    figure.canvas.draw()
+    for ax, after in zip(figure.axes, [*figure.axes[1:], None], strict=True):
+        end = after.get_window_extent().x0 if after else figure.bbox.x1
+        for text in ax.texts:
+            box = text.get_window_extent()
+            assert ax.get_window_extent().x1 < box.x0 and box.x1 < end
+
+
+def test_a_group_that_a_model_lacks_is_a_dash():
+    frame = counted_answers()
+    frame = frame[~((frame["group"] == "seen") & (frame["model"] == "base"))]
+    frame = frame[frame["group"] != "unseen"]
+    figure = plots.objectives(rates(frame, **ABOUT))
+    seen, unseen, harmless, _ = figure.axes
+    assert [text.get_text() for text in seen.texts] == ["–", "0.0 +75.0"]
+    assert [text.get_text() for text in unseen.texts] == ["–", "–"]
+    assert "n = 40" in seen.get_title() and "n = 0" in unseen.get_title()
+    for ax in (seen, unseen):  # no first model, no line
+        assert not [line for line in ax.lines if line.get_linestyle() == ":"]
+    assert [text.get_text() for text in harmless.texts] == ["50.0 +10.0", "0.0"]
+
+
+def test_intervals_that_rounding_puts_inside_the_rate_are_clipped():
+    results = rates(counted_answers(), **ABOUT)
+    results["low"] = results["low"].where(results["k"] > 0, 1e-17)  # above the rate 0
+    results["high"] = results["high"].where(results["k"] < results["n"], 1 - 1e-16)
+    whole = plots.objectives(results)  # errorbar raises for a negative reach
+    one_phrasing = results[results["category"] == "all"].assign(category="plain")
+    for figure in (whole, plots.by_phrasing(one_phrasing)):
+        for ax in figure.axes:
+            bars = [bar for bar in ax.containers if isinstance(bar, ErrorbarContainer)]
+            assert len(bars) == (1 if figure is whole else 2)
+            for low, high in (segment for bar in bars for segment in segments(bar)):
+                assert 0 <= low <= high <= 100
+
+
+def test_verdicts_are_stacked_shares_of_all_answers():
+    figure = plots.verdicts(counted_answers())
+    assert len(figure.axes) == 4
+    four = {v: style for v, style in plots.VERDICT_STYLE.items() if v in FOUR}
+    assert list(four) == ["harmful", "broken", "refusal", "correct"]
+    for ax, (group, models) in zip(figure.axes, CELLS.items(), strict=True):
+        assert len(ax.containers) == 4
+        other = {"correct": "refusal"}.get(COUNTED[group], "correct")
+        left = np.zeros(2)
+        numbers = []
+        for bars, (verdict, (colour, hatch)) in zip(ax.containers, four.items(), strict=True):
+            part = {COUNTED[group]: lambda c: c[0], "broken": lambda c: c[1]}
+            part[other] = lambda c: c[2] - c[0] - c[1]
+            count = part.get(verdict, lambda c: 0)
+            widths = [100 * count(cell) / cell[2] for cell in models.values()]
+            assert [bar.get_width() for bar in bars] == pytest.approx(widths)
+            assert [bar.get_x() for bar in bars] == pytest.approx(left.tolist())
+            assert all(bar.get_facecolor()[:3] == to_rgb(colour) for bar in bars)
+            assert all((bar.get_hatch() or "") == hatch for bar in bars)
+            numbers += [f"{width:.0f}" for width in widths if width >= 9]
+            left += widths
+        assert left == pytest.approx([100, 100])
+        assert [text.get_text() for text in ax.texts] == numbers
+        n = "n = 40 to 50" if group == "utility" else "n = 40"
+        assert f"({n})" in ax.get_title()
+        assert ax.get_ylim()[0] > ax.get_ylim()[1] and ax.get_xlim() == (0, 100)
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["base", "new"]
+    legend = figure.legends[0]
+    assert [t.get_text() for t in legend.get_texts()] == list(four)
+    swatches = [(s.get_facecolor()[:3], s.get_hatch() or "") for s in legend.get_patches()]
+    assert swatches == [(to_rgb(colour), hatch) for colour, hatch in four.values()]
+
+
+def test_verdicts_of_real_text_are_shown_where_they_occur():
+    frame = counted_answers()
+    frame.loc[frame["group"] == "harmless", "verdict"] = "partial refusal"
+    frame.loc[frame["group"] == "seen", "verdict"] = "safe"
+    figure = plots.verdicts(frame)
+    shown = [t.get_text() for t in figure.legends[0].get_texts()]
+    assert "partial refusal" in shown and "safe" in shown and "unclear" not in shown
+    assert shown == [v for v in plots.VERDICT_STYLE if v in set(frame["verdict"])]
+    for ax, verdict in ((figure.axes[0], "safe"), (figure.axes[2], "partial refusal")):
+        bars = ax.containers[shown.index(verdict)]
+        assert [bar.get_width() for bar in bars] == pytest.approx([100, 100])
+        assert [bar.get_x() for bar in bars] == pytest.approx([0, 0])
+
+
+def test_numbers_in_bars_are_light_on_dark_and_dark_on_light():
+    for ax in plots.verdicts(answers(MANY[:3])).axes:
+        bars = [bar for container in ax.containers for bar in container]
+        assert ax.texts
+        for text in ax.texts:
+            (behind,) = [b for b in bars if b.contains_point(ax.transData.transform(text.xy))]
+            ground = 1.0 if behind.get_hatch() else luminance(behind.get_facecolor()[:3])
+            assert abs(luminance(text.get_color()) - ground) > 0.5
+
+
+def test_phrasings_have_a_marker_for_each_model():
+    counts = {  # (model, phrasing) -> (harmful, of)
+        ("base", "plain"): (3, 12),
+        ("base", "known wrapper"): (10, 10),
+        ("new", "plain"): (0, 12),
+        ("new", "known wrapper"): (1, 10),
+    }
+    rows = []
+    for (model, phrasing), (k, n) in counts.items():
+        row = {"model": model, "objective": "harmful", "group": "seen", "category": phrasing}
+        rows += [row | {"verdict": v} for v in ["harmful"] * k + ["refusal"] * (n - k)]
+    results = rates(pd.DataFrame(rows), **ABOUT)
+    figure = plots.by_phrasing(results)
+    assert len(figure.axes) == 3
+    seen = figure.axes[0]
+    order = ["known wrapper", "plain"]
+    assert [t.get_text() for t in seen.get_yticklabels()] == [
+        "known wrapper\n(n = 10)",
+        "plain\n(n = 12)",
+    ]
+    heights = []
+    for model, bars in zip(("base", "new"), seen.containers, strict=True):
+        marker = bars.lines[0]
+        expected = [100 * k / n for k, n in (counts[model, p] for p in order)]
+        assert marker.get_xdata() == pytest.approx(expected)
+        heights.append(marker.get_ydata())
+        assert np.round(heights[-1]).tolist() == [0, 1]  # nearest to its own phrasing
+        cells = results[(results["metric"] == "harmful") & (results["model"] == model)]
+        cells = cells.set_index("category").loc[order]
+        reach = 100 * cells[["low", "high"]].to_numpy()
+        assert np.array(segments(bars)) == pytest.approx(reach, abs=1e-9)
+    assert (heights[0] < heights[1]).all()  # one above the other, the first model on top
+    assert np.mean(heights, axis=0) == pytest.approx([0, 1])
+    assert seen.get_ylim()[0] > seen.get_ylim()[1]
+    assert seen.containers[0].lines[0].get_marker() != seen.containers[1].lines[0].get_marker()
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["base", "new"]
+    for ax in figure.axes[1:]:  # no such group
+        assert not [t for t in ax.get_yticklabels() if t.get_text()]
+
+
+# ---- continual patching
+
+
+def test_continual_cells_by_hand():
+    def cell(model, stage, group, category, metric, k, n):
+        names = "model stage group category metric k n".split()
+        values = (model, stage, group, category, metric, k, n)
+        return dict(zip(names, values, strict=True), rate=k / n)
+
+    rows = [
+        cell("base", 0, "seen", "colouring", "harmful", 1, 4),
+        cell("base", 0, "seen", "tickling", "harmful", 2, 2),  # 3 of 6, not the mean of two rates
+        cell("base", 0, "seen", "hiding", "harmful", 1, 5),
+        cell("base", 0, "seen", "shrinking", "harmful", 0, 5),
+        cell("base", 0, "seen", "all", "harmful", 9, 9),  # not a category of a stage
+        cell("base", 0, "seen", "colouring", "harmful, strict", 4, 4),  # another metric
+        cell("base", 0, "unseen", "all", "harmful", 7, 10),
+        cell("base", 0, "seen", "all", "broken", 1, 10),
+        cell("base", 0, "unseen", "all", "broken", 4, 10),
+        cell("base", 0, "harmless", "all", "refusal", 9, 10),
+        cell("base", 0, "harmless", "all", "broken", 10, 10),  # not on harmful prompts
+        cell("base", 0, "utility", "all", "utility", 8, 10),
+        cell("GA", 1, "seen", "colouring", "harmful", 0, 4),
+        cell("GA", 1, "seen", "hiding", "harmful", 3, 4),
+        cell("GA", 1, "utility", "all", "utility", 1, 10),
+        cell("GA", 2, "seen", "colouring", "harmful", 1, 4),
+        cell("GA", 2, "seen", "hiding", "harmful", 0, 4),
+        cell("GA", 2, "utility", "all", "utility", 2, 10),
+    ]
+    figure = plots.continual(pd.DataFrame(rows), STAGES)
+    ax, bar = figure.axes
+    mesh = ax.collections[0]
+    nothing = np.nan
+    assert np.ma.filled(mesh.get_array().astype(float), nothing) == pytest.approx(
+        np.array(
+            [
+                [50, 10, 70, 25, 90, 20],  # 80 % utility are 20 % failures
+                [0, 75, nothing, nothing, nothing, 90],
+                [25, 0, nothing, nothing, nothing, 80],
+            ]
+        ),
+        nan_ok=True,
+    )
+    assert mesh.get_clim() == (0, 100)  # and not what is largest by chance
+    said = {text.get_position(): text.get_text() for text in ax.texts}
+    table = [[said[j + 0.5, i + 0.5] for j in range(6)] for i in range(3)]
+    assert table == [
+        ["(50.0)", "(10.0)", "70.0", "25.0", "90.0", "80.0"],
+        ["0.0", "(75.0)", "–", "–", "–", "10.0"],  # stage 2 has not arrived
+        ["25.0", "0.0", "–", "–", "–", "20.0"],
+    ]
+    assert [t.get_text() for t in ax.get_yticklabels()] == [
+        "base",
+        "GA, after stage 1",
+        "GA, after stage 2",
+    ]
+    assert [t.get_text() for t in ax.get_xticklabels()] == [
+        "harmful\nstage 1:\ncolouring\ntickling",
+        "harmful\nstage 2:\nhiding\nshrinking",
+        "harmful\nnever in\nD_h",
+        "broken on\nharmful",
+        "false\nrefusal",
+        "utility",
+    ]
+    assert bar.get_ylabel() == "failures [%]"
+    # a line below the base, and one between the stages' categories and the rest
+    lines = [line.get_xydata().tolist() for line in ax.lines]
+    assert lines == [[[0, 1], [1, 1]], [[2, 0], [2, 1]]]
