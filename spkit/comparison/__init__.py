@@ -1,1 +1,1 @@
-"""The experiment of notebook 05: seeds, equally tuned methods, ablations, sweeps, statistics."""
+"""SafePatching beside other methods and its own ablations: the experiment behind notebook 05."""

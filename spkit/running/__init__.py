@@ -1,0 +1,1 @@
+"""Runs: their folders, notebooks, records and memory. Nothing here computes a result."""

@@ -1,0 +1,1 @@
+"""Files, memory, randomness, freshness: what does not know that there are models."""
