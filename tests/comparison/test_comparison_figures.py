@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
-from test_plots import check_readable
+from readable import check_readable
 
 from spkit.comparison import figures as plots
 from spkit.comparison.tables import METRICS

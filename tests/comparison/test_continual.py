@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from spkit.comparison import continual
-from spkit.comparison.continual import continual_rates, run_stages, stage_patches, stage_seed
+from spkit.comparison.continual import continual_rates, run_methods, stage_patches
 from spkit.comparison.methods import METHODS as BASELINES
 from spkit.comparison.methods import Bundle
-from spkit.comparison.methods.bundle import with_backbone
+from spkit.comparison.methods.bundle import calibrate, with_backbone
 from spkit.comparison.methods.npo import derive_npo
 from spkit.config import load_params
 from spkit.data.selection import load_eval_prompts, load_harmful_pairs
@@ -26,10 +26,13 @@ from spkit.evaluation.answers import respond
 from spkit.evaluation.judges import judged
 from spkit.evaluation.rates import COLUMNS
 from spkit.examples import fingerprint
+from spkit.method.continual import stage_seed
 from spkit.method.derivation import derive
 from spkit.method.importance import score_patch
-from spkit.method.patch import Patch
-from spkit.method.patching import compose, kept_sets, retention_mask
+from spkit.method.patch import Factors
+from spkit.method.patching import kept_set, merged_delta, retention_mask, top_rate_set
+from spkit.method.training import TrainingSet
+from spkit.models.deltas import add_delta
 from spkit.models.loading import load
 from spkit.patchfile.apply import apply
 from spkit.patchfile.file import PatchFile
@@ -75,10 +78,10 @@ def only(method, **changes):
     return settings(continual__methods=[method], **changes)
 
 
-def run(base, folder, config=None, identity="one", saved=None):
+def run(base, folder, config=None, identity="one", saved=lambda: None):
     config = config or settings()
     prompts = load_eval_prompts(config.data, config.evaluation)
-    return run_stages(base, config, folder, prompts, identity=identity, saved=saved)
+    return run_methods(base, config, folder, prompts, identity=identity, saved=saved)
 
 
 @pytest.fixture(scope="module")
@@ -112,13 +115,11 @@ def derived(source, config, k, categories):
     model, tokenizer = load(source, quantization="nf4", device="cpu")
     patches, scores = {}, {}
     for name, direction in (("se", "ascent"), ("osm", "descent")):
-        patches[name], _ = derive(
-            model, tokenizer, pairs, direction=direction, config=config.derivation, seed=seed
-        )
+        data = TrainingSet.of(tokenizer, pairs)
+        patches[name], _ = derive(model, data, direction, config.derivation, seed)
         assert patches[name].norm() > 0.1
-        scores[name] = score_patch(
-            model, tokenizer, patches[name], pairs, config.importance, seed=seed
-        )
+        calibration = calibrate(pairs, config, seed)
+        scores[name] = score_patch(model, tokenizer, patches[name], calibration)
     return patches, scores, pairs
 
 
@@ -137,14 +138,12 @@ def by_hand(source, config, k, method, categories=None):
         }
         for patch in ("se", "osm")
     }
-    keep_se, keep_osm = kept_sets(scores["se"], scores["osm"], masks["se"], masks["osm"], 0.1, 0.1)
     for name in se.factors:
-        after[name] = compose(
-            before[name],
-            *(se.delta(name), keep_se[name], osm.delta(name), keep_osm[name]),
-            alpha=30.0,
-            beta=20.0,
-        )
+        top_se, top_osm = (top_rate_set(scores[patch][name], 0.1) for patch in ("se", "osm"))
+        keep_se = kept_set(masks["se"][name], top_se, top_osm)
+        keep_osm = kept_set(masks["osm"][name], top_osm, top_se)
+        halves = (se.delta(name), keep_se, osm.delta(name), keep_osm)
+        after[name] = add_delta(before[name], merged_delta(*halves, 30.0, 20.0))
     return after
 
 
@@ -343,7 +342,7 @@ def test_of_the_models_only_the_last_is_kept(whole):
 def test_no_patch_lies_on_the_disk(whole, base, tmp_path, monkeypatch):
     """The OSM patch alone is a jailbreak: it is not there at the end, nor while a stage is made."""
     saved, halfway = [], {}
-    monkeypatch.setattr(Patch, "save", lambda self, path: saved.append(path))
+    monkeypatch.setattr(Factors, "save", lambda self, path: saved.append(path))
 
     def look(*_, **__):
         halfway.update(contents(tmp_path))

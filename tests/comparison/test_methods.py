@@ -19,12 +19,12 @@ from spkit.comparison.methods.npo import answer_nll, derive_npo, npo_loss
 from spkit.config import Config, PatchingConfig
 from spkit.errors import SpkitError
 from spkit.examples import HarmfulPair
-from spkit.method import snip as importance
+from spkit.method import importance
 from spkit.method.balancing import HIGHEST, LOWEST, balance
 from spkit.method.derivation import derive
-from spkit.method.patch import Patch
+from spkit.method.patch import Factors
 from spkit.method.patching import retention_mask
-from spkit.method.training import add_lora
+from spkit.method.training import TrainingSet, add_lora
 from spkit.models.chat import encode_pair
 from spkit.models.patched import patched
 
@@ -58,7 +58,7 @@ SPACES = {
 def row_patch(name, **rows):
     """A patch whose delta of the tensor `v` is the 1 x n matrix rows["v"]."""
     factors = {t: (torch.tensor([values]) / 2, torch.ones(1, 1)) for t, values in rows.items()}
-    return Patch(name, factors, 2.0)
+    return Factors(name, factors, 2.0)
 
 
 def row_bundle(se, osm, scores=(), **patching):
@@ -76,7 +76,7 @@ def random_bundle(names=("se", "osm", "npo")):
     shapes = {"v": (12, 20), "w": (20, 16)}
     draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
     patches = {
-        n: Patch(n, {t: (draw(2, c), draw(r, 2)) for t, (r, c) in shapes.items()}, 2.0)
+        n: Factors(n, {t: (draw(2, c), draw(r, 2)) for t, (r, c) in shapes.items()}, 2.0)
         for n in ("se", "osm", "npo")
     }
     scores = {n: {t: draw(r, c).abs() for t, (r, c) in shapes.items()} for n in ("se", "osm")}
@@ -511,14 +511,8 @@ def test_a_bundle_holds_what_each_derivation_gives(made):
     assert list(made.patches) == ["se", "osm", "npo"] and list(made.scores) == ["se", "osm"]
     assert made.patching == config().patching
     for name, direction in (("se", "ascent"), ("osm", "descent")):
-        patch, _ = derive(
-            tiny.model("llama"),
-            TOKENIZER,
-            PAIRS,
-            direction=direction,
-            config=config().derivation,
-            seed=0,
-        )
+        data = TrainingSet.of(TOKENIZER, PAIRS)
+        patch, _ = derive(tiny.model("llama"), data, direction, config().derivation, 0)
         assert_same_patch(made.patches[name], patch)
         assert made.scores[name].keys() == patch.factors.keys()
     fewer = make_bundle(tiny.model("llama"), TOKENIZER, PAIRS, config(), seed=0, needs=("osm",))

@@ -12,10 +12,10 @@ from torch import Tensor
 from spkit.comparison.methods import safepatching, task_arithmetic
 from spkit.comparison.methods.method import STRENGTHS, Bundle, Method, check_setting
 from spkit.errors import SpkitError
+from spkit.evaluation.labels import BALANCED
 from spkit.method.balancing import balanced_alpha, parts
-from spkit.method.safepatching import NAME as SAFEPATCHING
 
-NAME, SUM_NAME = f"{SAFEPATCHING}, balanced", "Task Arithmetic, balanced"
+NAME, SUM_NAME = BALANCED, "Task Arithmetic, balanced"
 TARGET = {"target": ("log", 0.3, 4.0)}  # nats; ln 2 is where the answer is as likely as not
 SPACE = {key: value for key, value in safepatching.SPACE.items() if key != "alpha"} | TARGET
 SUM_SPACE = {"beta": STRENGTHS["beta"], **TARGET}
