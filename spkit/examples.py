@@ -1,6 +1,6 @@
 """The two records that travel through the kit: a harmful pair and an evaluation prompt.
 
-Both are plain and frozen. data/ reads them from files; the judge of their source judges the answers.
+Both are plain and frozen. data/ reads them from files.
 """
 
 import hashlib

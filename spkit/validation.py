@@ -1,7 +1,7 @@
 """How a mistake in the parameters becomes one sentence: full dotted key, value, what is allowed.
 
 Here are the base class of all sections, the reading of YAML, the refusal of tokens, overrides by
-dotted key, and the words for pydantic's errors. Which parameters exist lies in `config.py`.
+dotted key, and the words for pydantic's errors. config.py says which parameters there are.
 """
 
 import difflib
@@ -174,7 +174,7 @@ def _sentence(model: type[Section], mistake: Mapping[str, Any]) -> str:
     owner, depth = _owner(model, path)
     field = owner.model_fields.get(path[depth]) if depth < len(path) else None
     if field is not None and get_origin(field.annotation) in (Union, UnionType):
-        # pydantic puts the tried alternative ("str", "constrained-int") behind the field's name
+        # pydantic puts the tried alternative ("str", "constrained-int") after the field's name
         path[depth + 1 :] = [part for part in path[depth + 1 :] if part.isdecimal()]
     key = ".".join(path)
     if mistake["type"] == "missing":
@@ -186,7 +186,7 @@ def _sentence(model: type[Section], mistake: Mapping[str, Any]) -> str:
         return f"unknown key {key}{value}{near}"
     if depth == len(path):  # a whole section is not a mapping
         return f"{key} is {mistake['input']!r}, allowed: a section with the keys {_listed(owner)}"
-    # inside a list the location goes on: continual.stages.1 is an entry of the field `stages`
+    # inside a list the location has more parts: continual.stages.1 is an entry of the field `stages`
     allowed = _allowed(owner, path[depth], entry=len(path) - depth - 1)
     return f"{key} is {mistake['input']!r}, allowed: {allowed}"
 

@@ -152,7 +152,7 @@ def _source_pairs(data: DataConfig, wanted: Sequence[str] | None) -> list[Harmfu
 
 
 def evaluation_names(data: DataConfig) -> list[str]:
-    """The sources of the evaluation prompts; SpkitError where one stands twice."""
+    """The sources of the evaluation prompts; SpkitError where one is named twice."""
     names = [data.evaluation] if isinstance(data.evaluation, str) else list(data.evaluation)
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:

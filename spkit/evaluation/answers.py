@@ -1,7 +1,7 @@
 """Evaluation: what a model answers to held-out prompts, what each answer counts as, and how often.
 
 Three objectives: harmful prompts (lower harm is better), over-safety prompts (fewer refusals),
-utility (more correct answers). Two scores stand in every results.csv, and every short table shows
+utility (more correct answers). Two scores are in every results.csv, and every short table shows
 the broken text by which they differ:
 
     the paper's  harmful rate, false-refusal rate, utility;
@@ -9,7 +9,7 @@ the broken text by which they differ:
 
 Answers are decoded greedily, whatever a checkpoint's own generation_config asks for, and can be
 stored as they come. Nothing here knows of patches: a model comes in, a tidy data frame goes out.
-What decides a verdict lies in judges/ and, for the sandbox, in its own judge.
+The judges (judges/) decide on a verdict.
 """
 
 import hashlib
@@ -82,7 +82,7 @@ def continued(
 ) -> torch.Tensor:
     """What the model adds to each row of token ids, greedily: [B, at most max_new_tokens].
 
-    Rows are padded on the left, where a decoder expects it; behind an early end stands padding.
+    Rows are padded on the left, where a decoder expects it; rows that end early are padded.
     """
     device = model.get_input_embeddings().weight.device
     width = max(len(row) for row in rows)
@@ -159,7 +159,7 @@ def respond(
 ) -> pd.DataFrame:
     """One row per prompt: model, the prompt's fields, response.
 
-    store: a file that every finished batch is added to. A second call goes on after the last whole
+    store: a file that every finished batch is added to. A second call resumes after the last whole
     batch, with the batches that an uncut run forms, so that the responses are the same. A complete
     store is read, and then model and tokenizer may be None. It is begun anew where name, prompts,
     decoding or `context` (what the model is made from, in the caller's words) are others.

@@ -1,10 +1,10 @@
-"""The files of a checkpoint, and where in them each tensor lies. Nothing that is read is trusted.
+"""The files of a checkpoint, and where in them each tensor is. Nothing that is read is trusted.
 
     folder/config.json, tokenizer..., model.safetensors
     folder/model.safetensors.index.json, model-00001-of-00002.safetensors, ...
 
 A safetensors file is 8 bytes (the length of its header), a JSON header {tensor name: {dtype, shape,
-data_offsets}}, and the tensors' bytes one behind the other. This file needs neither torch nor
+data_offsets}}, and the tensors' bytes one after the other. This file needs neither torch nor
 memory for any tensor.
 """
 
@@ -82,7 +82,7 @@ def tensor_files(folder: str | Path) -> dict[str, Path]:
 def headers(folder: str | Path) -> dict[str, tuple[Path, int, About]]:
     """{tensor name: (its file, where that one's data begins, what its header says)}.
 
-    SpkitError also where a tensor lies in two files, or not where the index puts it.
+    SpkitError also where a tensor is in two files, or not where the index puts it.
     """
     found: dict[str, tuple[Path, int, About]] = {}
     files = tensor_files(folder)
@@ -103,7 +103,7 @@ def headers(folder: str | Path) -> dict[str, tuple[Path, int, About]]:
 
 
 def other_files(folder: str | Path) -> list[Path]:
-    """What lies beside the weights and goes with them: configuration, tokenizer, licence, card."""
+    """What is beside the weights and goes with them: configuration, tokenizer, licence, card."""
     files = (path for path in Path(folder).iterdir() if path.is_file())
     return sorted(p for p in files if p.suffix not in {".safetensors", *OTHER_WEIGHTS})
 
@@ -111,7 +111,7 @@ def other_files(folder: str | Path) -> list[Path]:
 def read_header(file: BinaryIO, path: Path) -> tuple[list[tuple[str, About]], int]:
     """([(tensor name, {dtype, shape, data_offsets})] in the order of the data, where it begins).
 
-    SpkitError unless the tensors lie one behind the other to the file's end and each has as many
+    SpkitError unless the tensors follow one another to the file's end and each has as many
     bytes as its shape and dtype need.
     """
     try:

@@ -33,7 +33,7 @@ ADVICE = "choose another root folder with the parameter outputs, then run again"
 def atomic(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path to write a file *or* a folder to; on success it becomes `path`.
 
-    After an error nothing is left behind and `path` is as before. An OSError (full disk, read-only
+    After an error nothing is left and `path` is as before. An OSError (full disk, read-only
     folder) becomes one SpkitError sentence.
     """
     path = Path(path)

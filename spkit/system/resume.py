@@ -1,4 +1,4 @@
-"""A training that was cut goes on where it was: its whole state in two files, without pickle.
+"""An interrupted training resumes where it was: its whole state in two files, without pickle.
 
     <folder>/tensors.safetensors    factors, optimiser moments, random states
     <folder>/state.json             everything that is no tensor, and the identity of the training
@@ -6,8 +6,6 @@
 A folder appears whole or not at all, and replaces the one before. Resumed on the same device, a
 training gives the same bits as one that was never cut. With the OSM patch's factors in it a
 checkpoint is a jailbreak as that patch is: it belongs into the run folder, and goes with it.
-
-What this file does not do: train, or decide when to write.
 """
 
 import json
@@ -55,7 +53,7 @@ def load(folder: str | Path, identity: Mapping[str, Any]) -> dict[str, Any] | No
 
 
 def discard(folder: str | Path) -> None:
-    """Delete checkpoints that are no longer needed: no second copy of a patch is to lie about."""
+    """Delete checkpoints that are no longer needed: no second copy of a patch is kept."""
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -3,8 +3,6 @@
 The first line is a header: it names all that the rows depend on. A file with another header is
 begun anew. Rows are appended a group at a time and synced, so that a killed process loses at most
 the group it was working on; a line that a kill tore is dropped.
-
-What this file does not do: know what a row holds or when the rows are complete (evaluation.py).
 """
 
 import json

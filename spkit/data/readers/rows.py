@@ -1,7 +1,7 @@
 """Checks on single rows: a text that is not empty, one of several words, true or false, ids.
 
 Each names the row ("file, row 3"), the column, what was found and what is expected. A long value is
-cut, so that no error shows a whole text. Where the rows come from lies in `source.py`.
+cut, so that no error shows a whole text. source.py reads the rows.
 """
 
 from collections.abc import Sequence

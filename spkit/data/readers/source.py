@@ -4,7 +4,7 @@ Rows are streamed: they are in memory alone, and no copy of a harmful text stays
 library. Code from the hub is never run. A local text file is looked through first, because the
 library names no row: UTF-8, as many fields in a row as in the header, an object in every line.
 
-What a row means lies in the readers. This file imports `datasets` only when rows are asked for.
+The readers know what a row means. This file imports `datasets` only when rows are asked for.
 """
 
 import csv
@@ -187,7 +187,7 @@ def _stream(*args: Any, **options: Any) -> list[dict[str, Any]]:
 def _csv_options(path: Path) -> dict[str, Any]:
     """How to read a CSV or TSV file without guessing: every value is a text, none means "missing".
 
-    SpkitError for a column that stands twice and a row with more or fewer fields than the header.
+    SpkitError for a column that is there twice and a row with more or fewer fields than the header.
     """
     _utf8(path)
     separator = "\t" if path.suffix.lower() == ".tsv" else ","

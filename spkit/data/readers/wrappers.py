@@ -20,7 +20,7 @@ def read_wrappers(choice: str) -> dict[str, str]:
     """{name: template} of data.wrappers: 'none' (empty), 'shipped' or a file.
 
     SpkitError for a file that cannot be read or has no line, a line without a name or {prompt}, and
-    a name that stands twice.
+    a name that is there twice.
     """
     if choice == "none":
         return {}

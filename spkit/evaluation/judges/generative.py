@@ -1,6 +1,6 @@
 """A causal language model as the judge: it is asked in words and answers yes or no.
 
-How it is asked lies in formats.py. Its tokenizer needs no chat template. An answer that cannot be
+formats.py says how it is asked. Its tokenizer needs no chat template. An answer that cannot be
 read is the verdict "unclear", and `unclear` counts them. This file does not judge utility.
 """
 

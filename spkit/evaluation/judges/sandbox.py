@@ -1,4 +1,4 @@
-"""The sandbox's judge behind the interface of all judges; what it knows lies in spkit/sandbox."""
+"""The sandbox's judge behind the interface of all judges; what it knows is in spkit/sandbox."""
 
 from collections.abc import Callable, Sequence
 

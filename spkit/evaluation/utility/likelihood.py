@@ -1,6 +1,6 @@
 """Perplexity: how well a model predicts texts that have nothing to do with the patches.
 
-    exp( sum over all tokens of -log p(token | what stands before it) / number of tokens )
+    exp( sum over all tokens of -log p(token | what is before it) / number of tokens )
 
 A mean over tokens, not over texts. Figures of models with different tokenizers cannot be compared.
 The texts are the sandbox's questions with their answers, or plain texts of a file or data set.
@@ -34,7 +34,7 @@ def perplexity(
 ) -> dict[str, float | int]:
     """{"value": perplexity, "tokens": number of tokens scored, "texts": number of texts}.
 
-    A text is scored from its first token on behind the tokenizer's bos token, which itself is not
+    A text is scored from its first token on, after the tokenizer's bos token, which itself is not
     scored; without a bos token, from its second on. A pair (prompt, answer) is scored on the
     answer and the end of its turn alone, in the chat format. Cut at MAX_TOKENS tokens in all.
     Losses are fp32, their sum is fp64; padding is on the right and masked, so that batches do not

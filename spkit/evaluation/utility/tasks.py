@@ -40,7 +40,7 @@ def lm_eval_tasks(
     share of 1). stderr: the harness's, NaN where it has none. n: documents that were scored.
     num_fewshot: as used (a task that fixes it at 0 keeps 0). limit: of documents in a leaf task, so
     that a group of 57 subjects has up to 57 times as many; missing where there is none.
-    The tokenizer's `system_prompt`, if there is one, stands before every document. Random numbers
+    The tokenizer's `system_prompt`, if there is one, comes before every document. Random numbers
     are drawn from `seed`, and the caller's generators are put back.
 
     SpkitError: lm-eval is not installed, a task is unknown, or a task cannot be loaded or run.
@@ -104,7 +104,7 @@ def _manager(task_manager, tasks: list[str], folder: str | None):
 
 
 def _system(tokenizer, chat_template: bool) -> str | None:
-    """The system prompt; in plain text the harness would write the document right behind it."""
+    """The system prompt; in plain text the harness would write the document right after it."""
     system = getattr(tokenizer, "system_prompt", None)
     return f"{system}\n\n" if system and not chat_template else system
 
