@@ -186,7 +186,7 @@ def _sentence(model: type[Section], mistake: Mapping[str, Any]) -> str:
         return f"unknown key {key}{value}{near}"
     if depth == len(path):  # a whole section is not a mapping
         return f"{key} is {mistake['input']!r}, allowed: a section with the keys {_listed(owner)}"
-    # inside a list the location has more parts: continual.stages.1 is an entry of the field `stages`
+    # inside a list the location is longer: continual.stages.1 is an entry of the field `stages`
     allowed = _allowed(owner, path[depth], entry=len(path) - depth - 1)
     return f"{key} is {mistake['input']!r}, allowed: {allowed}"
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
 
-# how mistakes are told, where and how files are written, what a run may cost, which parameters there
-# are (their values are compared by themselves)
+# how mistakes are told, where files are written, what a run may cost, which parameters there are
+# (their values are compared by themselves)
 PLUMBING = frozenset(
     f"spkit.{name}"
     for name in (
@@ -34,7 +34,7 @@ DATA = {"spkit.sandbox.backbone": ("sandbox/weights/*",)}
 
 
 def code(roots: Iterable[str]) -> dict[str, str]:
-    """{file: SHA-256 in hex} of these modules and all that they import; paths from the repository."""
+    """{file: SHA-256 in hex} of these modules and all that they import."""
     modules = closure(roots)
     files = {_file(module) for module in modules}
     for module in modules:
@@ -62,7 +62,7 @@ def closure(roots: Iterable[str]) -> set[str]:
 
 
 def imported_by(source: str) -> set[str]:
-    """The modules of spkit that a piece of Python imports; lines of IPython's own are passed over."""
+    """The modules of spkit that a piece of Python imports; IPython's own lines are passed over."""
     lines = source.split("\n")
     plain = "\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in lines)
     return set(_walk(ast.parse(plain)))
