@@ -1,9 +1,8 @@
 """The parameters of a run: one typed section per stage, each field with its meaning and range.
 
 The defaults are the sandbox's values, the same as `params/sandbox.yaml` (a test pins it), so an
-empty section means "as in the sandbox". "[paper]" in a description: the method's own choice.
-"[ours]": the paper leaves it open. How a mistake becomes one sentence lies in `validation.py`;
-this file reads no data, loads no models and knows nothing of run folders.
+empty section means "as in the sandbox". "[paper]" in a description: the method's paper
+prescribes it. What has no mark is our choice. `validation.py` turns a mistake into one sentence.
 """
 
 from collections.abc import Mapping
@@ -24,17 +23,17 @@ Rate = Annotated[float, Field(gt=0, le=1)]  # a share of weights; 0 would keep n
 
 
 class BackboneConfig(Section):
-    source: Name = Field("sandbox", description="'sandbox', a local folder or a hub id [ours]")
-    revision: str | None = Field(None, description="revision on the hub; null: the latest [ours]")
+    source: Name = Field("sandbox", description="'sandbox', a local folder or a hub id")
+    revision: str | None = Field(None, description="revision on the hub; null: the latest")
     compute_dtype: Dtype = Field(
         "float32",
-        description="auto: bfloat16 where the device has it, else float16; float32 on a CPU [ours]",
+        description="auto: bfloat16 where the device has it, else float16; float32 on a CPU",
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where it runs [ours]")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where it runs")
     system_prompt: Name | None = Field(
         None,
         description="before every prompt; inside the user's turn where the format has no system "
-        "role [ours]",
+        "role",
     )
 
     @model_validator(mode="after")
@@ -59,17 +58,17 @@ class SandboxConfig(Section):
     """The embedded village backbone; ignored where `backbone.source` is another model."""
 
     weights: Literal["shipped", "train"] = Field(
-        "shipped", description="use the weights in the repository, or train them on the spot [ours]"
+        "shipped", description="use the weights in the repository, or train them on the spot"
     )
-    hidden_size: int = Field(192, ge=8, le=4096, description="width of the model [ours]")
-    layers: int = Field(4, ge=1, le=64, description="number of decoder layers [ours]")
-    heads: int = Field(6, ge=1, le=64, description="attention heads; must divide the width [ours]")
-    intermediate_size: int = Field(512, ge=8, le=16384, description="width of the MLP [ours]")
-    pretrain_steps: Steps = Field(640, description="steps of learning to answer everything [ours]")
-    align_steps: Steps = Field(400, description="steps of learning to refuse [ours]")
-    batch_size: int = Field(64, ge=1, le=4096, description="sequences a step [ours]")
-    learning_rate: float = Field(2e-3, gt=0, le=1, description="peak, pretraining [ours]")
-    align_learning_rate: float = Field(5e-4, gt=0, le=1, description="peak, alignment [ours]")
+    hidden_size: int = Field(192, ge=8, le=4096, description="width of the model")
+    layers: int = Field(4, ge=1, le=64, description="number of decoder layers")
+    heads: int = Field(6, ge=1, le=64, description="attention heads; must divide the width")
+    intermediate_size: int = Field(512, ge=8, le=16384, description="width of the MLP")
+    pretrain_steps: Steps = Field(640, description="steps of learning to answer everything")
+    align_steps: Steps = Field(400, description="steps of learning to refuse")
+    batch_size: int = Field(64, ge=1, le=4096, description="sequences a step")
+    learning_rate: float = Field(2e-3, gt=0, le=1, description="peak, pretraining")
+    align_learning_rate: float = Field(5e-4, gt=0, le=1, description="peak, alignment")
 
     @model_validator(mode="after")
     def _heads_divide_the_width(self):
@@ -83,61 +82,61 @@ class SourceConfig(Section):
     """Where one data set lies, and who reads it: a hub id, or a local file or folder."""
 
     reader: Literal["advbench", "beavertails", "xstest", "oktest", "own"] = Field(
-        description="schema of the data set; own: the keys of one's own JSONL or CSV file [ours]"
+        description="schema of the data set; own: the keys of one's own JSONL or CSV file"
     )
-    path: Name = Field(description="hub id, or a local file (CSV, JSONL, JSON, Parquet) [ours]")
-    revision: str | None = Field(None, description="revision on the hub; null: the latest [ours]")
-    split: Name = Field("train", description="split on the hub; a local file has one [ours]")
+    path: Name = Field(description="hub id, or a local file (CSV, JSONL, JSON, Parquet)")
+    revision: str | None = Field(None, description="revision on the hub; null: the latest")
+    split: Name = Field("train", description="split on the hub; a local file has one")
 
 
 class DataConfig(Section):
     harmful: Name = Field(
         "sandbox", description="D_h: 'sandbox', a name in sources or a file [paper: one D_h]"
     )
-    pairs: int | None = Field(192, ge=1, description="at most so many pairs; null: all [ours]")
+    pairs: int | None = Field(192, ge=1, description="at most so many pairs; null: all")
     categories: list[Name] | None = Field(
-        None, min_length=1, description="harmful categories to keep; null: all [ours]"
+        None, min_length=1, description="harmful categories to keep; null: all"
     )
     responses: Name | None = Field(
         None,
-        description="file of responses y where the source has openings only; null: its own [ours]",
+        description="file of responses y where the source has openings only; null: its own",
     )
     max_tokens: int | None = Field(
-        None, ge=16, description="a longer pair is cut at so many tokens; null: no limit [ours]"
+        None, ge=16, description="a longer pair is cut at so many tokens; null: no limit"
     )
     evaluation: Name | Annotated[list[Name], Field(min_length=1)] = Field(
-        "sandbox", description="prompts: 'sandbox', a file, or names in sources [ours]"
+        "sandbox", description="prompts: 'sandbox', a file, or names in sources"
     )
     dev_share: float = Field(
-        0.2, gt=0, lt=1, description="of prompts in dev, by hash, where a source has none [ours]"
+        0.2, gt=0, lt=1, description="of prompts in dev, by hash, where a source has none"
     )
     wrappers: Name = Field(
-        "none", description="'none', 'shipped', or a file of lines with {prompt} [ours]"
+        "none", description="'none', 'shipped', or a file of lines with {prompt}"
     )
     sources: dict[Name, SourceConfig] = Field(
-        {}, description="data sets by name: reader, path, revision, split [ours]"
+        {}, description="data sets by name: reader, path, revision, split"
     )
 
 
 class LoraConfig(Section):
-    r: int = Field(8, ge=1, le=1024, description="rank of the factors [ours]")
-    alpha: float = Field(16, gt=0, le=4096, description="the delta is B A alpha/r [ours]")
-    dropout: float = Field(0.0, ge=0, lt=1, description="on the factors' input [ours]")
+    r: int = Field(8, ge=1, le=1024, description="rank of the factors")
+    alpha: float = Field(16, gt=0, le=4096, description="the delta is B A alpha/r")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on the factors' input")
     targets: list[Name] = Field(
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
         min_length=1,
-        description="linear layers that get factors: attention and MLP [ours]",
+        description="linear layers that get factors: attention and MLP",
     )
 
 
 class DescentConfig(Section):
     """Gradient descent on D_h: the over-safety mitigation (OSM) patch."""
 
-    learning_rate: float = Field(1e-3, gt=0, le=1, description="of AdamW [ours]")
-    max_steps: Steps = Field(60, description="optimiser steps [ours]")
-    batch_size: int = Field(24, ge=1, le=4096, description="pairs a step [ours]")
-    warmup_steps: int = Field(3, ge=0, description="of linear warm-up [ours]")
-    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm [ours]")
+    learning_rate: float = Field(1e-3, gt=0, le=1, description="of AdamW")
+    max_steps: Steps = Field(60, description="optimiser steps")
+    batch_size: int = Field(24, ge=1, le=4096, description="pairs a step")
+    warmup_steps: int = Field(3, ge=0, description="of linear warm-up")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
 
     @model_validator(mode="after")
     def _warm_up_ends(self):
@@ -151,18 +150,16 @@ class DescentConfig(Section):
 class AscentConfig(DescentConfig):
     """Gradient ascent on D_h: the safety enhancement (SE) patch, held by a clamp and a stop."""
 
-    learning_rate: float = Field(1e-4, gt=0, le=1, description="of AdamW [ours]")
-    max_steps: Steps = Field(200, description="optimiser steps at most [ours]")
-    warmup_steps: int = Field(5, ge=0, description="of linear warm-up [ours]")
+    learning_rate: float = Field(1e-4, gt=0, le=1, description="of AdamW")
+    max_steps: Steps = Field(200, description="optimiser steps at most")
+    warmup_steps: int = Field(5, ge=0, description="of linear warm-up")
     token_loss_clamp: float = Field(
-        10.0, gt=0, le=100, description="a token whose loss is above this many nats is left [ours]"
+        10.0, gt=0, le=100, description="a token whose loss is above this many nats is left"
     )
     stop_mean_loss: float = Field(
-        1.5, gt=0, le=100, description="ends where the mean loss reaches this many nats [ours]"
+        1.5, gt=0, le=100, description="ends where the mean loss reaches this many nats"
     )
-    stop_window: int = Field(
-        8, ge=1, le=1000, description="batches over which that mean is taken [ours]"
-    )
+    stop_window: int = Field(8, ge=1, le=1000, description="batches over which that mean is taken")
 
     @model_validator(mode="after")
     def _stop_can_be_reached(self):
@@ -174,23 +171,23 @@ class AscentConfig(DescentConfig):
 
 class DerivationConfig(Section):
     quantization: Quantization = Field(
-        "nf4", description="of the frozen backbone: QLoRA, 4-bit NF4 [ours]"
+        "nf4", description="of the frozen backbone: QLoRA, 4-bit NF4"
     )
     gradient_checkpointing: bool = Field(
-        False, description="compute activations twice instead of keeping them: memory [ours]"
+        False, description="compute activations twice instead of keeping them: memory"
     )
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
-        "adamw", description="8-bit or paged moments take less memory [ours]"
+        "adamw", description="8-bit or paged moments take less memory"
     )
     micro_batch_size: int | None = Field(
-        None, ge=1, description="pairs at once; null: the whole batch_size. Memory only [ours]"
+        None, ge=1, description="pairs at once; null: the whole batch_size. Memory only"
     )
     checkpoint_steps: int | None = Field(
-        None, ge=1, description="a cut derivation goes on from every n-th step; null: never [ours]"
+        None, ge=1, description="a cut derivation goes on from every n-th step; null: never"
     )
     shared_init: bool = Field(
         True,
-        description="SE and OSM start from the same factors A; false: each from its own [ours]",
+        description="SE and OSM start from the same factors A; false: each from its own",
     )
     lora: LoraConfig = Field(default_factory=LoraConfig, description="shape of the factors")
     ascent: AscentConfig = Field(default_factory=AscentConfig, description="derives the SE patch")
@@ -200,57 +197,57 @@ class DerivationConfig(Section):
 
 
 class ImportanceConfig(Section):
-    samples: int = Field(64, ge=1, description="calibration pairs from D_h [ours; SNIP is paper]")
-    batch_size: int = Field(8, ge=1, le=4096, description="pairs a pass; speed only [ours]")
+    samples: int = Field(64, ge=1, description="calibration pairs from D_h")
+    batch_size: int = Field(8, ge=1, le=4096, description="pairs a pass; speed only")
     layers_per_pass: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
-        None, description="layers scored at once; auto: by free memory; null: all [ours]"
+        None, description="layers scored at once; auto: by free memory; null: all"
     )
     save: Literal["scores", "sets"] = Field(
-        "scores", description="scores, or only the top-rate sets of patching, a bit each [ours]"
+        "scores", description="scores, or only the top-rate sets of patching, a bit each"
     )
     scored_model: Literal["patched", "backbone"] = Field(
-        "patched", description="I_SE on theta_GA, I_OSM on theta_GD, or both on theta [ours]"
+        "patched", description="I_SE on theta_GA, I_OSM on theta_GD, or both on theta"
     )
-    loss_on: Literal["answer", "question"] = Field("answer", description="tokens that count [ours]")
+    loss_on: Literal["answer", "question"] = Field("answer", description="tokens that count")
 
 
 class PatchingConfig(Section):
-    retention_rate: Rate = Field(0.6, description="p: a delta is kept with it [paper; value ours]")
-    rescale: bool = Field(False, description="divide the kept deltas by p, as DARE does [ours]")
-    top_rate_se: Rate = Field(0.4, description="a: top rate of the SE patch [paper; value ours]")
-    top_rate_osm: Rate = Field(0.71, description="b: top rate of the OSM patch [paper; value ours]")
+    retention_rate: Rate = Field(0.6, description="p: a delta is kept with it [paper]")
+    rescale: bool = Field(False, description="divide the kept deltas by p, as DARE does")
+    top_rate_se: Rate = Field(0.4, description="a: top rate of the SE patch [paper]")
+    top_rate_osm: Rate = Field(0.71, description="b: top rate of the OSM patch [paper]")
     scope: Literal["matrix", "global"] = Field(
-        "matrix", description="top rates per weight matrix, or over all of them [ours]"
+        "matrix", description="top rates per weight matrix, or over all of them"
     )
     order: Literal["rank_all", "rank_retained"] = Field(
-        "rank_all", description="top rates count all weights [paper] or the retained ones [ours]"
+        "rank_all", description="top rates count all weights [paper] or the retained ones"
     )
     balance: float | None = Field(
         0.959,
         gt=0,
         le=100,
-        description="nats: alpha is found so that D_h is unlearnt by so much; null: as set [ours]",
+        description="nats: alpha is found so that D_h is unlearnt by so much; null: as set",
     )
     alpha: float = Field(
         3.0, ge=0, le=1000, description="strength of SE; found, if balance is set [paper]"
     )
-    beta: float = Field(1.71, ge=0, le=1000, description="strength of OSM [paper; value ours]")
+    beta: float = Field(1.71, ge=0, le=1000, description="strength of OSM [paper]")
     scale: Literal["plain", "norm_matched"] = Field(
         "norm_matched",
-        description="norm_matched: alpha = value x |P| / |kept P|, same for beta [ours]",
+        description="norm_matched: alpha = value x |P| / |kept P|, same for beta",
     )
 
 
 class EvaluationConfig(Section):
-    split: Literal["test", "dev"] = Field("test", description="tuning uses dev only [ours]")
+    split: Literal["test", "dev"] = Field("test", description="tuning uses dev only")
     quantization: Quantization = Field(
-        "none", description="nf4: the 4-bit backbone plus the unquantised delta [ours]"
+        "none", description="nf4: the 4-bit backbone plus the unquantised delta"
     )
-    batch_size: int = Field(64, ge=1, le=4096, description="prompts generated at once [ours]")
-    max_new_tokens: int = Field(16, ge=1, le=4096, description="length of a response [ours]")
-    confidence: float = Field(0.95, gt=0, lt=1, description="of the Wilson intervals [ours]")
+    batch_size: int = Field(64, ge=1, le=4096, description="prompts generated at once")
+    max_new_tokens: int = Field(16, ge=1, le=4096, description="length of a response")
+    confidence: float = Field(0.95, gt=0, lt=1, description="of the Wilson intervals")
     prompts_per_cell: int | None = Field(
-        None, ge=1, description="at most so many of each group; null: the source's own [ours]"
+        None, ge=1, description="at most so many of each group; null: the source's own"
     )
 
 
@@ -263,21 +260,19 @@ class ClassifierConfig(Section):
     model: Name = Field(
         "LibrAI/longformer-harmful-ro", description="hub id or local folder [paper]"
     )
-    revision: str | None = Field(None, description="revision on the hub; null: the latest [ours]")
-    label: int = Field(1, ge=0, description="the class that means harmful [ours]")
+    revision: str | None = Field(None, description="revision on the hub; null: the latest")
+    label: int = Field(1, ge=0, description="the class that means harmful")
 
 
 class GenerativeConfig(Section):
     """A judge that is asked in words and answers yes or no."""
 
-    model: Name = Field(
-        "cais/HarmBench-Llama-2-13b-cls", description="hub id or local folder [ours]"
-    )
-    revision: str | None = Field(None, description="revision on the hub; null: the latest [ours]")
+    model: Name = Field("cais/HarmBench-Llama-2-13b-cls", description="hub id or local folder")
+    revision: str | None = Field(None, description="revision on the hub; null: the latest")
     prompt: Literal["harmbench", "wildguard"] = Field(
-        "harmbench", description="which model's question format [ours]"
+        "harmbench", description="which model's question format"
     )
-    quantization: Quantization = Field("nf4", description="of the judge [ours]")
+    quantization: Quantization = Field("nf4", description="of the judge")
 
 
 class JudgesConfig(Section):
@@ -290,10 +285,10 @@ class JudgesConfig(Section):
         ["sandbox"], min_length=1, description="for harmless prompts [paper: human annotators]"
     )
     keywords: Literal["gcg", "jailbreakbench", "both"] = Field(
-        "both", description="published lists of refusal phrases [ours]"
+        "both", description="published lists of refusal phrases"
     )
-    batch_size: int = Field(8, ge=1, le=4096, description="responses judged at once [ours]")
-    max_tokens: int = Field(1024, ge=16, description="a longer response is cut for it [ours]")
+    batch_size: int = Field(8, ge=1, le=4096, description="responses judged at once")
+    max_tokens: int = Field(1024, ge=16, description="a longer response is cut for it")
     classifier: ClassifierConfig = Field(default_factory=ClassifierConfig, description="the model")
     generative: GenerativeConfig = Field(default_factory=GenerativeConfig, description="the model")
 
@@ -304,29 +299,29 @@ class MtBenchConfig(Section):
     prompts: Name | None = Field(
         None, description="hub id or file with prompt and category; null: not asked [paper]"
     )
-    revision: str | None = Field(None, description="revision on the hub; null: the latest [ours]")
+    revision: str | None = Field(None, description="revision on the hub; null: the latest")
     judge: Name | None = Field(
-        None, description="hub id or folder of a judge model; null: answers are stored [ours]"
+        None, description="hub id or folder of a judge model; null: answers are stored"
     )
-    judge_revision: str | None = Field(None, description="of the judge; null: the latest [ours]")
-    max_new_tokens: int = Field(512, ge=1, le=4096, description="length of an answer [ours]")
+    judge_revision: str | None = Field(None, description="of the judge; null: the latest")
+    max_new_tokens: int = Field(512, ge=1, le=4096, description="length of an answer")
 
 
 class UtilityConfig(Section):
     """Skill beyond the evaluation prompts: lm-eval tasks, MT-Bench, and always perplexity."""
 
     tasks: list[Name] = Field([], description="lm-eval's names; empty: none [paper: seven tasks]")
-    include_path: Name | None = Field(None, description="folder of task files of one's own [ours]")
-    limit: int | None = Field(None, ge=1, description="documents a task; null: all [ours]")
-    num_fewshot: int | None = Field(None, ge=0, description="examples; null: the task's own [ours]")
+    include_path: Name | None = Field(None, description="folder of task files of one's own")
+    limit: int | None = Field(None, ge=1, description="documents a task; null: all")
+    num_fewshot: int | None = Field(None, ge=0, description="examples; null: the task's own")
     chat_template: bool = Field(
-        True, description="tasks in the model's chat format; changes results a lot [ours]"
+        True, description="tasks in the model's chat format; changes results a lot"
     )
-    batch_size: int = Field(8, ge=1, le=4096, description="requests at once [ours]")
+    batch_size: int = Field(8, ge=1, le=4096, description="requests at once")
     perplexity: Name = Field(
-        "sandbox", description="texts: 'sandbox', a name in sources or a JSONL file [ours]"
+        "sandbox", description="texts: 'sandbox', a name in sources or a JSONL file"
     )
-    perplexity_texts: int = Field(200, ge=1, description="at most so many of them [ours]")
+    perplexity_texts: int = Field(200, ge=1, description="at most so many of them")
     mt_bench: MtBenchConfig = Field(default_factory=MtBenchConfig, description="open questions")
 
 
@@ -334,10 +329,10 @@ class ContinualConfig(Section):
     stages: list[Annotated[list[Name], Field(min_length=1)]] = Field(
         [["colouring", "tickling"], ["hiding", "shrinking"], ["gluing", "soaking"]],
         min_length=1,
-        description="harmful categories, stage after stage [paper: three stages; choice ours]",
+        description="harmful categories, stage after stage [paper: three stages]",
     )
     methods: list[ContinualMethod] = Field(
-        ["safepatching", "ga"], min_length=1, description="what runs side by side [ours]"
+        ["safepatching", "ga"], min_length=1, description="what runs side by side"
     )
     settings: dict[Name, dict[Name, float]] = Field(
         {
@@ -349,7 +344,7 @@ class ContinualConfig(Section):
                 **{"beta": 1.3, "target": 1.0},
             },
         },
-        description="strengths of the methods; SafePatching's are in patching [ours]",
+        description="strengths of the methods; SafePatching's are in patching",
     )
 
     @model_validator(mode="after")
@@ -368,10 +363,10 @@ class ContinualConfig(Section):
 class NpoConfig(DescentConfig):
     """Negative preference optimisation on D_h: the patch of the baseline NPO."""
 
-    learning_rate: float = Field(1e-4, gt=0, le=1, description="of AdamW [ours]")
-    max_steps: Steps = Field(60, description="optimiser steps [ours]")
-    warmup_steps: int = Field(5, ge=0, description="of linear warm-up [ours]")
-    beta: float = Field(0.1, gt=0, le=100, description="of NPO's loss; its paper's value [ours]")
+    learning_rate: float = Field(1e-4, gt=0, le=1, description="of AdamW")
+    max_steps: Steps = Field(60, description="optimiser steps")
+    warmup_steps: int = Field(5, ge=0, description="of linear warm-up")
+    beta: float = Field(0.1, gt=0, le=100, description="of NPO's loss; its paper's value")
 
 
 class BaselinesConfig(Section):

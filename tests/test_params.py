@@ -8,7 +8,7 @@ import yaml
 
 from spkit.config import Config, load_params
 from spkit.data.readers.beavertails import CATEGORIES
-from spkit.validation import dotted_keys
+from spkit.validation import Section, dotted_keys
 
 PARAMS = Path(__file__).parents[1] / "params"
 BACKBONES = {
@@ -19,7 +19,7 @@ BACKBONES = {
 }
 FILES = [*BACKBONES, "template"]
 COMMIT = re.compile(r"[0-9a-f]{40}")
-MARK = re.compile(r"#.*(\[(paper|ours|yours)\b|\b(paper|ours)\b)")
+PRESCRIBED = ("retention_rate", "top_rate_se", "top_rate_osm", "order", "alpha", "beta")
 
 every_file = pytest.mark.parametrize("name", FILES)
 
@@ -57,27 +57,53 @@ def test_every_parameter_of_the_method_is_named(name):
     assert named == wanted
 
 
-@every_file
-def test_every_value_says_whose_it_is(name):
-    """A mark on its line, or on a line above that opens its block."""
-    marked_at: list[tuple[int, bool]] = []  # (indentation, marked) of the open blocks
-    unmarked = []
+def described(section=Config, prefix=""):
+    """(dotted key, its description) of every parameter."""
+    for key, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Section):
+            yield from described(inner, f"{prefix}{key}.")
+        else:
+            yield prefix + key, field.description or ""
+
+
+def marked_keys(name):
+    """Keys with a "[paper" on their line, or on a line above that opens their block."""
+    blocks: list[tuple[int, str, bool]] = []  # (indentation, key, marked) of the open ones
+    found = set()
     for line in text(name).splitlines():
-        key = re.match(r"( *)(- |[\w.]+:|\{)", line)
+        key = re.match(r"( *)([\w.]+):", line)
         if not key:
             continue
-        indent = len(key[1])
-        while marked_at and marked_at[-1][0] >= indent:
-            marked_at.pop()
-        inherited = any(marked for _, marked in marked_at)
-        marked = inherited or bool(MARK.search(line))
-        opens = re.fullmatch(r" *[\w.]+:( *#.*)?", line)
-        if opens:
-            marked_at.append((indent, marked))
-        elif not marked:
-            unmarked.append(line.strip())
-    # one line for each file may stand for the user's own choice
-    assert unmarked == []
+        while blocks and blocks[-1][0] >= len(key[1]):
+            blocks.pop()
+        marked = "[paper" in line or any(mark for *_, mark in blocks)
+        dotted = ".".join([*(parent for _, parent, _ in blocks), key[2]])
+        blocks.append((len(key[1]), key[2], marked))
+        if marked:
+            found.add(dotted)
+    return found
+
+
+@every_file
+def test_what_the_paper_prescribes_is_marked_and_no_other_mark_is_used(name):
+    """What config.py's descriptions mark is marked in the file; what has no mark is our choice."""
+    prescribed = {key for key, description in described() if "[paper" in description}
+    assert len(prescribed) >= 13
+    assert prescribed <= marked_keys(name)
+    # the values that only the sandbox's or our own machines suggest stay unmarked
+    assert not {"seed", "derivation.lora.r", "patching.scale"} & marked_keys(name)
+    comments = re.findall(r"#(.*)", text(name))
+    marks = {mark for comment in comments for mark in re.findall(r"\[(\w+)", comment)}
+    assert marks == {"paper"}
+
+
+def test_the_sandbox_marks_the_methods_own_parameters():
+    marked = marked_keys("sandbox")
+    assert {f"patching.{key}" for key in PRESCRIBED} <= marked
+    assert {key for key, about in described() if "[paper" in about} >= {
+        f"patching.{key}" for key in PRESCRIBED
+    }
 
 
 @every_file

@@ -1,4 +1,4 @@
-"""Balanced strengths: beta is set, alpha is found on D_h, anew for every backbone [ours].
+"""Balanced strengths: beta is set, alpha is found on D_h, anew for every backbone.
 
     alpha = the smallest strength of SE at which nearly all calibration pairs are unlearnt:
             quantile_5%( -log p(first token of y | x) ) of theta + alpha * P_SE + beta * P_OSM

@@ -103,7 +103,7 @@ def global_top_rate_sets(
     """The same over several matrices at once: `rate` of all their weights, wherever they lie.
 
     Of equal scores the earlier matrix wins, then the lower flat index. One copy of all the scores
-    is held. [ours, as the ranking per matrix is]
+    is held.
     """
     flat, pools = [], []
     for name, score in scores.items():
@@ -197,7 +197,7 @@ def squared_norm(delta: Tensor, keep: Tensor | None = None) -> float:
 
 
 def norm_matched(alpha: float, total_norm: float, kept_norm: float) -> float:
-    """alpha * |P| / |kept P|: the thinned patch gets alpha times the norm of the whole one [ours].
+    """alpha * |P| / |kept P|: the thinned patch gets alpha times the norm of the whole one.
 
     The norms are over all matrices. 0 where nothing is kept: no scale could make up for it.
     """
@@ -205,7 +205,7 @@ def norm_matched(alpha: float, total_norm: float, kept_norm: float) -> float:
 
 
 def rescaled(alpha: float, rate: float) -> float:
-    """alpha / p, so that random retention keeps the delta's mean, as DARE does [ours].
+    """alpha / p, so that random retention keeps the delta's mean, as DARE does.
 
     0 at rate 0, where nothing is retained.
     """

@@ -1,4 +1,4 @@
-"""Joint top sets [ours, an ablation]: SafePatching without the subtraction of the two sets.
+"""Joint top sets (an ablation): SafePatching without the subtraction of the two sets.
 
     theta + alpha' * P_SE on retained and S_SE + beta' * P_OSM on retained and S_OSM
 

@@ -1,6 +1,6 @@
 """Utility answers of real text: correct where they are the reference, word for word.
 
-A strict rule [ours]: it needs prompts that ask for a short answer. Skill at long answers is
+A strict rule: it needs prompts that ask for a short answer. Skill at long answers is
 measured elsewhere (utility/). This file does not judge harm or refusals.
 """
 

@@ -1,6 +1,6 @@
 """What every judge is: a name, and a verdict for each response to a prompt.
 
-A verdict is one of evaluation.VERDICTS. This file holds the interface and the rules [ours] that all
+A verdict is one of evaluation.VERDICTS. This file holds the interface and the rules that all
 judges of real text share; it knows no judge.
 """
 
@@ -26,7 +26,7 @@ class Judge(Protocol):
 
 
 def degenerate(response: str) -> bool:
-    """Whether a real text is broken [ours]: it has no letter, or half of it is a loop.
+    """Whether a real text is broken: it has no letter, or half of it is a loop.
 
     A loop: of at least 20 words, one word alone, or all occurrences of one sequence of four words
     together, make up at least half. Longer sequences that repeat are found up to eight words.
