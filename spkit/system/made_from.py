@@ -22,8 +22,14 @@ PLUMBING = frozenset(
     f"spkit.{name}"
     for name in (
         *("cli", "config", "errors", "validation"),
-        *("running.colab", "running.memory", "running.mirror", "running.notebook", "running.runs"),
-        *("running.seeds", "running.shape", "running.summary"),
+        *(
+            "running.colab",
+            "running.display",
+            "running.memory",
+            "running.mirror",
+            "running.notebook",
+        ),
+        *("running.runs", "running.seeds", "running.shape", "running.summary"),
         *("system.files", "system.machine", "system.made_from", "system.out_of_memory"),
         *("system.store", "comparison.graph", "comparison.plan", "comparison.budget"),
         "comparison.run",

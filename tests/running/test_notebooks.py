@@ -81,7 +81,7 @@ def markdown(notebook):
 def figures(stage):
     """The names of the figures that a notebook saves."""
     source = "\n".join(cell.source for cell in code_cells(read(stage)))
-    return re.findall(r'save_figure\(\s*"(\w+)"', source)
+    return re.findall(r'(?:save_figure\(|show\(\s*run,)\s*"(\w+)"', source)
 
 
 every_notebook = pytest.mark.parametrize("stage", STAGES)
@@ -103,7 +103,7 @@ def test_a_notebook_is_valid_and_stored_without_outputs(stage):
     assert notebook.metadata.kernelspec.name == "python3"
     assert set(notebook.metadata) <= {"kernelspec", "language_info"}
     for cell in notebook.cells:
-        assert set(cell.metadata) <= {"tags"}
+        assert set(cell.metadata) <= {"tags", "jupyter"}
         if cell.cell_type == "code":
             assert (cell.outputs, cell.execution_count) == ([], None), cell.source
 
@@ -125,6 +125,16 @@ def test_the_parameters_cell_is_written_from_the_params_file(stage):
         ruff, input=parameters_cell(stage), cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
     assert cell.source == formatted.rstrip("\n"), "run: python tests/parameters_cells.py"
+
+
+@every_notebook
+def test_what_sets_a_notebook_up_is_folded(stage):
+    """A page begins with its story, not with 75 lines of parameters."""
+    for cell in read(stage).cells:
+        folded = cell.metadata.get("jupyter", {}) == {"source_hidden": True}
+        assert folded == tagged(cell, "hide-input"), cell.source
+        if tagged(cell) or tagged(cell, "colab"):
+            assert folded
 
 
 def test_every_section_stands_in_full_in_exactly_one_notebook():

@@ -1,0 +1,84 @@
+"""What a notebook shows: figures and tables that can be read in a light and in a dark theme.
+
+    show(run, "loss_curves", figure, alt="...")    saves the figure, and shows it as a light card
+    table(frame)                                   text to the left, numbers to the right
+
+The files under figures/ are the plain figure; the card is made for the page alone.
+"""
+
+import io
+import re
+import zlib
+from pathlib import Path
+
+import pandas as pd
+from IPython.display import Image
+
+SHOWN = 96 / 150  # figures are saved at 150 dots per inch; a page has 96
+CARD = (247, 249, 251)  # what white becomes: a soft sheet in both themes
+MARGIN, ROUND = 18, 22  # dots around the figure, and of the card's corners
+HASH = re.compile(r"[0-9a-f]{40,}")
+HASH_DIGITS = 12
+
+
+def show(run, name: str, figure, alt: str) -> Image:
+    """Save `figure` in the run's figures/ as `name`, and show it with its alternative text.
+
+    alt: what the picture says, in a sentence, for those who cannot see it.
+    """
+    return picture(run.save_figure(name, figure), alt)
+
+
+def picture(path: str | Path, alt: str) -> Image:
+    """A saved PNG as a card with round corners and no ground around it."""
+    data, width = _card(Path(path))
+    return Image(data=data, format="png", width=round(width * SHOWN), alt=alt)
+
+
+def table(frame: pd.DataFrame, digits: int = 1, if_empty: str = "Nothing to show."):
+    """The frame for reading: text to the left, floats with so many digits, hashes cut short.
+
+    An empty frame is not shown; the sentence `if_empty` is printed instead. Nothing is changed in
+    `frame` itself.
+    """
+    if frame.empty:
+        print(if_empty)
+        return None
+    short = frame.map(_short)
+    texts = [name for name in short if not pd.api.types.is_numeric_dtype(short[name])]
+    # a fixed name, or the executed notebook would differ each time
+    style = short.style.set_uuid(f"{zlib.crc32(short.to_csv().encode()):08x}")
+    left = {"text-align": "left"}
+    style = style.format(precision=digits, thousands=",", na_rep="–")
+    style = style.set_properties(subset=texts, **left) if texts else style
+    numbers = {name: [{"selector": "th", "props": "text-align: right"}] for name in short}
+    for name in texts:
+        numbers[name][0]["props"] = "text-align: left"
+    return style.set_table_styles(
+        [{"selector": "th.row_heading, th.index_name", "props": "text-align: left"}]
+    ).set_table_styles(numbers, overwrite=False)
+
+
+def _short(value):
+    if isinstance(value, str) and HASH.fullmatch(value):
+        return value[:HASH_DIGITS]
+    return "" if value is None else value
+
+
+def _card(path: Path) -> tuple[bytes, int]:
+    """(PNG, its width in dots)."""
+    from PIL import Image as Sheet
+    from PIL import ImageChops, ImageDraw
+
+    drawn = Sheet.open(path).convert("RGB")
+    size = (drawn.width + 2 * MARGIN, drawn.height + 2 * MARGIN)
+    card = Sheet.new("RGB", size, "white")
+    card.paste(drawn, (MARGIN, MARGIN))
+    card = ImageChops.multiply(card, Sheet.new("RGB", size, CARD))
+    corners = Sheet.new("L", size, 0)
+    box = (0, 0, size[0] - 1, size[1] - 1)
+    ImageDraw.Draw(corners).rounded_rectangle(box, radius=ROUND, fill=255)
+    card.putalpha(corners)
+    buffer = io.BytesIO()
+    card.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue(), size[0]
