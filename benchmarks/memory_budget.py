@@ -29,18 +29,19 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from spkit.comparison.ablations import NO_RETENTION, SAFEPATCHING, load_variants
+from spkit.comparison.ablations import ablated
 from spkit.config import Config
 from spkit.evaluation.answers import respond
 from spkit.evaluation.utility.likelihood import MAX_TOKENS, perplexity
 from spkit.examples import EvalPrompt, HarmfulPair
-from spkit.method import snip as importance
+from spkit.method import importance
 from spkit.method.balancing import balanced, first_token_losses
 from spkit.method.derivation import derive
-from spkit.method.importance import score_and_save
+from spkit.method.importance import Calibration, save_windows, score_windows
 from spkit.method.overlap import ImportanceSummary
-from spkit.method.patch import Patch
+from spkit.method.patch import Factors
 from spkit.method.sets import BitSets
+from spkit.method.training import Checkpoints, TrainingSet
 from spkit.models.chat import encode_prompt
 from spkit.models.loading import load, resolve_device
 from spkit.models.patched import patched
@@ -48,6 +49,7 @@ from spkit.models.weights import target_weights
 from spkit.patchfile.apply import apply
 from spkit.patchfile.make import About, make_patch
 from spkit.running.memory import predict
+from spkit.running.patch_of_run import load_safepatching
 from spkit.running.shape import shape_of
 from spkit.system.determinism import make_deterministic
 from spkit.system.machine import hardware, own_memory, versions
@@ -116,6 +118,12 @@ def pairs_for(config: Config, tokenizer) -> list[HarmfulPair]:
     ]
 
 
+def calibration(config: Config, tokenizer) -> Calibration:
+    """The pairs that are scored, of the greatest length."""
+    pairs = pairs_for(config, tokenizer)
+    return Calibration(pairs, config.importance, config.seed, config.data.max_tokens)
+
+
 def stage_load(config: Config, folder: Path) -> None:
     load(folder / "model", quantization=config.derivation.quantization, **config.backbone.loading)
 
@@ -124,16 +132,11 @@ def stage_derivation(config: Config, folder: Path) -> None:
     model, tokenizer = load(
         folder / "model", quantization=config.derivation.quantization, **config.backbone.loading
     )
-    pairs, patches = pairs_for(config, tokenizer), []
+    data = TrainingSet.of(tokenizer, pairs_for(config, tokenizer), config.data.max_tokens)
+    patches = []
     for direction in ("ascent", "descent"):
-        patch, _ = derive(
-            *(model, tokenizer, pairs),
-            direction=direction,
-            config=config.derivation,
-            seed=config.seed,
-            max_tokens=config.data.max_tokens,
-            checkpoint=folder / "checkpoints" / direction,
-        )
+        checkpoints = Checkpoints(folder / "checkpoints" / direction)
+        patch, _ = derive(model, data, direction, config.derivation, config.seed, checkpoints)
         patches.append(patch)
 
 
@@ -141,32 +144,30 @@ def stage_importance(config: Config, folder: Path) -> None:
     model, tokenizer = load(
         folder / "model", quantization=config.derivation.quantization, **config.backbone.loading
     )
-    patches = [Patch.load(folder / f"{name}.safetensors") for name in ("se", "osm")]
+    patches = [Factors.load(folder / f"{name}.safetensors") for name in ("se", "osm")]
     made = folder / "scored"
     made.mkdir(exist_ok=True)
-    pairs = pairs_for(config, tokenizer)
-    summary = ImportanceSummary()
-    score_and_save(model, tokenizer, patches, pairs, config, made, watch=summary.add)
+    windows = score_windows(model, tokenizer, patches, calibration(config, tokenizer))
+    seen = ImportanceSummary().watch(windows)
+    save_windows(seen, config.importance.save, config.patching, made)
 
 
 def stage_patching(config: Config, folder: Path) -> None:
-    variants = load_variants(folder, folder, config)
+    method = load_safepatching(folder, folder, config)
     if config.patching.balance is not None:
         model, tokenizer = load(
             folder / "model", quantization=config.evaluation.quantization, **config.backbone.loading
         )
-        how = {"seed": config.seed, "max_tokens": config.data.max_tokens}
-        pairs = pairs_for(config, tokenizer)
-        losses = first_token_losses(model, tokenizer, pairs, config.importance, **how)
-        variants = balanced(variants, losses)
+        losses = first_token_losses(model, tokenizer, calibration(config, tokenizer))
+        method = balanced(method, losses)
         del model, losses
     file = folder / "patch.safetensors"
-    make_patch(folder / "model", variants.deltas(SAFEPATCHING), file, About("random"))
+    make_patch(folder / "model", method.deltas(), file, About("random"))
     apply(file, folder / "model", folder / "written")
 
 
 def stage_evaluation(config: Config, folder: Path) -> None:
-    variants = load_variants(folder, folder, config)
+    method = load_safepatching(folder, folder, config)
     model, tokenizer = load(
         folder / "model", quantization=config.evaluation.quantization, **config.backbone.loading
     )
@@ -176,7 +177,7 @@ def stage_evaluation(config: Config, folder: Path) -> None:
         for i in range(config.evaluation.batch_size)
     ]
     texts = [" ".join(random_checkpoint.WORDS * 8)] * config.utility.batch_size
-    with patched(model, variants.deltas(NO_RETENTION)):
+    with patched(model, ablated(method, "without retention (same α)").deltas()):
         respond(
             *(model, tokenizer, prompts),
             name="any",
@@ -249,7 +250,7 @@ def prepare(config: Config, folder: Path, sizes: dict, architecture: str) -> Non
             for tensor, layer in layers.items()
         }
         manifest = {"lora": lora.model_dump()}
-        Patch(name, factors, lora.alpha / lora.r, manifest).save(folder / f"{name}.safetensors")
+        Factors(name, factors, lora.alpha / lora.r, manifest).save(folder / f"{name}.safetensors")
     own, other = config.patching.top_rate_se, config.patching.top_rate_osm
     first = {"se": 0.0, "osm": min(own, 1 - other)}  # where in [0, 1) the set begins
     rates = {"se": own, "osm": other}

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from readable import check_readable
 
 from spkit import figures as plots
-from spkit.comparison.ablations import VARIANTS
+from spkit.comparison.ablations import IN_NOTEBOOK_03
 from spkit.evaluation.rates import rates
 from spkit.evaluation.verdicts import VERDICTS
 from spkit.method.overlap import overlap, where
@@ -105,7 +105,7 @@ def maps(layers=4):
 BY_RATE = pd.DataFrame(
     {"rate": [0.005, 0.02, 0.1, 0.3], "share": [0.1, 0.2, 0.3, 0.5], "jaccard": [0, 0.1, 0.2, 0.4]}
 )
-MANY = ["base", *VARIANTS]
+MANY = ["base", *IN_NOTEBOOK_03]
 # every public figure, with data as real and as full as they get, and with as little as can be
 FIGURES = {
     "loss_curves": lambda: plots.loss_curves(curves(), clamp=3.0, ceiling=1.1),

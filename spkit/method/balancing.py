@@ -4,14 +4,12 @@
             quantile_5%( -log p(first token of y | x) ) of theta + alpha * P_SE + beta * P_OSM
             is at least `balance` nats                                  docs/method.md, section 4
 
-Why: the two kept patches are large and opposed, and which of them wins at a fixed alpha differs
-from backbone to backbone. Harm, unlike over-safety, can be measured on D_h itself. No evaluation
-prompt is read. The first token stands for the answer, because refusing is decided there (Qi et
-al., arXiv 2406.05946).
+Why: the two kept patches are large and opposed. Which of them wins at a fixed alpha differs from
+backbone to backbone. Harm can be measured on D_h itself, so no evaluation prompt is read. The first
+token is enough, because it decides about refusing (Qi et al., arXiv 2406.05946).
 
-Where D_h is unlearnt already, as in later continual stages, ascent has nothing left to do, SE is
-next to nothing, and no alpha can hold OSM. Then alpha is 1, and *beta* is lowered until D_h stays
-unlearnt: a stage must not undo the safety that it found.
+Where D_h is unlearnt already, as in later continual stages, SE is close to 0 and no alpha makes up
+for OSM. Then alpha is 1, and *beta* is lowered until D_h stays unlearnt.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,9 +34,9 @@ Losses = Callable[[Mapping[str, Delta]], Tensor]  # {tensor name: delta} -> nats
 def first_token_losses(model, tokenizer, calibration: Calibration) -> Losses:
     """The loss of the first answer token of model + deltas on D_h, one value a pair, in nats.
 
-    model: the bare backbone, in full precision or NF4; it is as before after each call.
-    calibration: the pairs, those of the importances. They are asked in one batch where they fit
-    into AT_ONCE tokens, so that the last bits of a loss do not depend on `importance.batch_size`.
+    model: the bare backbone, in full precision or NF4; each call leaves it as it was. calibration:
+    the pairs, in one batch where they fit into AT_ONCE tokens, so that the last bits of a loss do
+    not depend on `importance.batch_size`.
     """
     batches = calibration.answers(tokenizer, AT_ONCE)
     device = model.get_input_embeddings().weight.device

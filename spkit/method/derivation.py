@@ -25,8 +25,8 @@ NAMES = {"ascent": "se", "descent": "osm"}
 def ascent_loss(losses: Tensor, mask: Tensor, clamp: float) -> Tensor:
     """The loss that ascent minimises: -L, each token's loss clamped at `clamp` nats.
 
-    A token that is already unlearnt (loss > clamp) has no gradient, so ascent ends by itself token
-    by token instead of tearing the model apart. losses, mask: [B, T] as chat.answer_loss gives them.
+    A token that is unlearnt already (loss > clamp) has no gradient: it is left alone. losses, mask:
+    [B, T] as chat.answer_loss gives them.
     """
     return -mean_per_sample(losses.clamp(max=clamp), mask).mean()
 

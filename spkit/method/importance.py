@@ -4,23 +4,19 @@
     score_windows     I_SE on theta + P_SE and I_OSM on theta + P_OSM, window after window
     top_rate_bits     S_SE and S_OSM of every window; then its scores are forgotten
 
-Both patches hang on one loaded backbone, as two adapters of which one is active. The score itself
-is computed in snip.py.
+Both patches are adapters of one loaded backbone, and one of them is active. The score itself is
+computed in snip.py.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spkit.config import ImportanceConfig, PatchingConfig
-from spkit.errors import SpkitError
 from spkit.examples import HarmfulPair, sample
 from spkit.method.patch import Factors
 from spkit.method.patching import top_rate_set
@@ -29,9 +25,9 @@ from spkit.method.snip import decoder_layers, snip, snip_windows
 from spkit.method.training import attach
 from spkit.models.chat import collate, encode_pair
 from spkit.models.weights import target_weights
-from spkit.system.files import atomic
 from spkit.system.machine import free_memory
 from spkit.system.out_of_memory import explained
+from spkit.system.tensors import load_tensors, save_tensors
 
 SHARE_OF_FREE_MEMORY = 0.4  # for the scores of one window; the passes need the rest
 
@@ -77,13 +73,11 @@ class Calibration:
 def score_windows(
     model, tokenizer, patches: Sequence[Factors], calibration: Calibration
 ) -> Iterator[Scores]:
-    """{patch name: {tensor name: importance fp32 [out, in]}} of one window of layers after the
-    other, on the CPU.
+    """{patch name: {tensor name: importance fp32 [out, in]}} of some layers at a time, on the CPU.
 
     model: the bare backbone, dense or NF4; it comes back bare. With scored_model "patched" I_SE is
-    measured on theta_GA and I_OSM on theta_GD, where the LoRA factors make the difference; with
-    "backbone" all are measured on theta, and are then the same.
-    The scores do not depend on `layers_per_pass`, only the memory does.
+    measured on theta_GA and I_OSM on theta_GD; with "backbone" all are measured on theta, and are
+    then the same. The scores do not depend on `layers_per_pass`, only the memory does.
     """
     config, batches = calibration.config, calibration.batches(tokenizer)
     targets = patches[0].manifest["lora"]["targets"]
@@ -106,10 +100,13 @@ def score_windows(
             on_host = {name: score.cpu() for name, score in scores.items()}
             yield {patch.name: on_host for patch in patches}
         return
-    with _attached(model, patches) as wrapped:
+    wrapped = attach(model, *patches)
+    try:
         walks = {patch.name: windows(wrapped) for patch in patches}
         while (scores := _next_window(wrapped, walks)) is not None:
             yield scores
+    finally:
+        wrapped.unload()
 
 
 def _next_window(wrapped, walks: Mapping[str, Iterator[dict[str, Tensor]]]) -> Scores | None:
@@ -179,53 +176,36 @@ def layers_that_fit(free: float, weights: int, depth: int, patches: int) -> int:
     return max(1, min(depth, int(SHARE_OF_FREE_MEMORY * free / a_layer)))
 
 
-@contextmanager
-def _attached(model, patches: Sequence[Factors]) -> Iterator[torch.nn.Module]:
-    wrapped = attach(model, *patches)
-    try:
-        yield wrapped
-    finally:
-        wrapped.unload()
-
-
 # ---- files ---------------------------------------------------------------------------------------
 
 
 def save_windows(
-    windows: Iterable[Scores],
+    windows: Iterator[Scores],
     what: Literal["scores", "sets"],
     patching: PatchingConfig,
     folder: str | Path,
 ) -> None:
     """Write what `importance.save` asks for into `folder`.
 
+    windows: of score_windows; after an error they are closed at once, so that the backbone is bare.
     "scores": importance_<patch>.safetensors, fp32. "sets": top_<patch>.safetensors, one bit a
     weight, after which the scores of each window are forgotten.
     """
-    if what == "sets":
-        for name, sets in top_rate_bits(windows, patching).items():
-            sets.save(Path(folder) / f"top_{name}.safetensors")
-        return
-    for name, found in gathered(windows).items():
+    with closing(windows):
+        if what == "sets":
+            for name, sets in top_rate_bits(windows, patching).items():
+                sets.save(Path(folder) / f"top_{name}.safetensors")
+            return
+        scores = gathered(windows)
+    for name, found in scores.items():
         save(found, Path(folder) / f"importance_{name}.safetensors")
 
 
-def save(scores: Mapping[str, Tensor], path: str | Path, note: str = "") -> None:
-    """Write {name: tensor} as safetensors. The same scores and note give the same bytes.
-
-    Nothing half-written is left behind; SpkitError for a full disk or a read-only folder.
-    """
-    tensors = {name: score.detach().cpu().contiguous() for name, score in scores.items()}
-    with atomic(path) as temporary:
-        # one metadata key at most: safetensors writes several in random order
-        save_file(tensors, temporary, metadata={"note": note} if note else None)
+def save(scores: Mapping[str, Tensor], path: str | Path) -> None:
+    """Write {tensor name: importance} as one safetensors file, whole or not at all."""
+    save_tensors({name: s.detach().cpu().contiguous() for name, s in scores.items()}, path)
 
 
 def load(path: str | Path) -> dict[str, Tensor]:
-    """Read what `save` wrote, by name; SpkitError if the file is missing or not safetensors."""
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise SpkitError(f"There is no file {str(path)!r} with importances.") from None
-    except (SafetensorError, OSError) as error:
-        raise SpkitError(f"{str(path)!r} is no readable safetensors file: {error}.") from error
+    """Read what `save` wrote; SpkitError where the file is missing or unreadable."""
+    return load_tensors(path, "importances")[0]

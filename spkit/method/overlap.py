@@ -4,14 +4,13 @@
     where                how many weights of each matrix a set holds
     ImportanceSummary    both for the importances of a large model, gathered window by window
 
-Of a 7 B model the scores of both patches would take 52 GB. What the summary keeps of a matrix is a
-histogram, a few sums, and how many weights both patches' top sets share at a few rates. Its
-thresholds come from histograms whose bins are 2**-12 of a score wide (2**-8 for all matrices at
-once), so the shares shown are right to a fraction of a percent; the sets that a patch is made of
-are exact (patching.py).
+The scores of both patches of a 7 B model would take 52 GB. The summary keeps a histogram and a few
+counts of each matrix. The bins are 2**-12 of a score wide (2**-8 for all matrices at once), so its
+shares are right to a fraction of a percent; the sets of a patch are exact (patching.py).
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import closing
 
 import numpy as np
 import pandas as pd
@@ -37,11 +36,12 @@ class ImportanceSummary:
         self._shares: dict[str, dict[str, float]] = {}
         self._counts: list[dict] = []
 
-    def watch(self, windows: Iterable[Scores]) -> Iterator[Scores]:
-        """The same windows, each taken in as it passes by."""
-        for window in windows:
-            self.add(window)
-            yield window
+    def watch(self, windows: Iterator[Scores]) -> Iterator[Scores]:
+        """The same windows of score_windows, each taken in as it passes by."""
+        with closing(windows):
+            for window in windows:
+                self.add(window)
+                yield window
 
     def add(self, window: Scores) -> None:
         """Take in the scores of both patches, fp32 and not negative, of some matrices."""

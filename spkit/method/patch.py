@@ -1,25 +1,22 @@
 """What a derivation leaves, and what a method makes of it: patch factors and merged patches.
 
-    P = B @ A * lora_alpha / r                          `Factors`: the patch of every matrix, low rank
-    alpha * P_SE on K_SE + beta * P_OSM on K_OSM        `MergedPatch`: what is added in the end
+    P = B @ A * lora_alpha / r                       `Factors`: the patch of every matrix, low rank
+    alpha * P_SE on K_SE + beta * P_OSM on K_OSM     `MergedPatch`: what is added in the end
 
 Neither holds a whole patch: the delta of one matrix is computed when it is asked for.
 """
 
-import json
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from spkit.errors import SpkitError
+from spkit.method.patching import norm, squared_norm
 from spkit.method.sets import Lazy
 from spkit.models.deltas import LowRankDelta
-from spkit.system.files import atomic
+from spkit.system.tensors import load_tensors, save_tensors
 
 FORMAT = 1
 
@@ -29,8 +26,7 @@ class Factors:
     """The LoRA factors of one derivation: the patch of every targeted weight matrix.
 
     name: "se" (ascent), "osm" (descent), or a baseline's ("npo"). factors: {tensor name:
-    (A [r, in], B [out, r])}, fp32. scaling: lora_alpha / r. manifest: how they were made (direction,
-    steps, seed, fingerprint of D_h, ...).
+    (A [r, in], B [out, r])}, fp32. scaling: lora_alpha / r. manifest: how they were made.
     The OSM patch alone is a jailbreak: it stays in memory or in the run folder.
     """
 
@@ -51,7 +47,7 @@ class Factors:
 
     def norm(self) -> float:
         """The Frobenius norm of the whole patch."""
-        return math.sqrt(sum(self.delta(t).double().square().sum().item() for t in self.factors))
+        return norm(squared_norm(self.delta(tensor)) for tensor in self.factors)
 
     def save(self, path: str | Path) -> None:
         """One safetensors file, the manifest in its header. Written whole or not at all."""
@@ -59,20 +55,12 @@ class Factors:
         for name, (a, b) in self.factors.items():
             tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"] = a.contiguous(), b.contiguous()
         fixed = {"name": self.name, "scaling": self.scaling, "format": FORMAT}
-        # one metadata key: safetensors keeps several in no fixed order, and bytes must repeat
-        header = {"spkit": json.dumps({**self.manifest, **fixed}, sort_keys=True)}
-        with atomic(path) as temporary:
-            save_file(tensors, temporary, metadata=header)
+        save_tensors(tensors, path, {**self.manifest, **fixed})
 
     @classmethod
     def load(cls, path: str | Path) -> "Factors":
         """Read what `save` wrote; SpkitError names the file and what is missing."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {}).get("spkit", "null"))
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (OSError, ValueError, SafetensorError) as error:
-            raise SpkitError(f"{path} cannot be read as a patch: {error}") from error
+        tensors, header = load_tensors(path, "a patch")
         found = header.pop("format", None) if isinstance(header, dict) else None
         if found != FORMAT:
             raise SpkitError(f"{path} has patch format {found}, this kit reads {FORMAT}.")

@@ -8,11 +8,9 @@
     merging     alpha * P_SE + beta * P_OSM on the kept sets    merged_delta
     patching    theta + merged delta, other weights copied      models/deltas.py: add_delta
 
-docs/method.md, sections 2 to 4, states each equation. safepatching.py calls these functions, in this
-order, for every weight matrix of a model.
-
-They hold no models and read no files. A wrong argument is a ValueError. None holds more than a few
-copies of one matrix.
+docs/method.md, sections 2 to 4, states each equation. safepatching.py calls these functions in this
+order for every weight matrix. A wrong argument is a ValueError. None holds more than a few copies
+of one matrix.
 """
 
 import hashlib
@@ -102,8 +100,7 @@ def global_top_rate_sets(
 ) -> dict[str, Tensor]:
     """The same over several matrices at once: `rate` of all their weights, wherever they lie.
 
-    Of equal scores the earlier matrix wins, then the lower flat index. One copy of all the scores
-    is held.
+    Of equal scores the earlier matrix wins, then the lower flat index. It copies all scores once.
     """
     flat, pools = [], []
     for name, score in scores.items():
@@ -163,10 +160,9 @@ def top_rate_sets(
 ) -> dict[str, Tensor]:
     """S of one patch for every matrix, {name: bool}.
 
-    order "rank_all" [paper, as docs/method.md reads it]: the rate counts all weights; about p * a of
-        the weights are kept before the difference. "rank_retained": it counts the patch's own
-        retained weights only. S_SE then lies within R_SE and is smaller by the factor p, likewise
-        OSM, so that weights important to both but retained in one only are not subtracted.
+    order "rank_all" [paper, as docs/method.md reads it]: the rate counts all weights.
+        "rank_retained": it counts the retained weights of this patch only, so S is a part of R, and
+        a weight that matters to both but is retained in one only is not subtracted.
     scope "matrix": the rate of each weight matrix; "global": of all of them together.
     """
     if order not in ORDERS:

@@ -4,22 +4,19 @@
     BitSets   sets of weights, one bit a weight: 0.8 GB for the 6.5 billion weights of a 7 B model,
               where torch's bool takes 6.5 GB and fp32 importances 26 GB
 
-Both behave like a dictionary {tensor name: tensor}. This file knows nothing of patches.
+Both behave like a dictionary {tensor name: tensor}.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from spkit.errors import SpkitError
-from spkit.system.files import atomic
+from spkit.system.tensors import load_tensors, save_tensors
 
 
 class Lazy(Mapping):
@@ -81,23 +78,18 @@ class BitSets(Mapping):
 
     def save(self, path: str | Path) -> None:
         """One safetensors file of uint8, with shapes and `about` in its header; whole or not."""
-        header = {"shapes": {n: list(s) for n, s in self._shapes.items()}, "about": self.about}
-        with atomic(path) as temporary:
-            # one metadata key: safetensors writes several in random order
-            save_file(self._bits, temporary, metadata={"spkit": json.dumps(header, sort_keys=True)})
+        shapes = {name: list(shape) for name, shape in self._shapes.items()}
+        save_tensors(self._bits, path, {"shapes": shapes, "about": self.about})
 
     @classmethod
     def load(cls, path: str | Path) -> "BitSets":
         """Read what `save` wrote; SpkitError where the file is missing, unreadable or no sets."""
         loaded = cls()
+        loaded._bits, header = load_tensors(path, "sets of weights")
         try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {}).get("spkit", "null"))
-                loaded._bits = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            shapes = {name: header["shapes"][name] for name in loaded._bits}
-            loaded._shapes = {name: tuple(map(int, shape)) for name, shape in shapes.items()}
+            loaded._shapes = {n: tuple(map(int, header["shapes"][n])) for n in loaded._bits}
             loaded.about = header["about"]
-        except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        except (ValueError, TypeError, KeyError) as error:
             raise SpkitError(f"{path} cannot be read as sets of weights: {error}") from error
         for name, bits in loaded._bits.items():
             needed = -(-prod(loaded._shapes[name]) // 8)

@@ -2,17 +2,15 @@
 
     I(W_ij) = mean over samples of | W_ij * dL(sample) / dW_ij |           docs/method.md, section 3
 
-(Lee et al. 2019, as used by Wei et al. 2024.) The absolute value stands *inside* the mean, so the
-gradient of each sample is needed apart, for every weight. For a linear layer it is g.T @ x, with x
-the layer's input and g the gradient of the loss at its output. Both pass by during one backward
-pass: a hook on each layer forms the product, adds its absolute value to an fp32 sum, and forgets
-it. No weight needs a gradient of its own, so 4-bit weights can be scored; with a LoRA on them the
-layer is the wrapper, and W the effective weight.
+(Lee et al. 2019, as used by Wei et al. 2024.) The absolute value is *inside* the mean, so the
+gradient of each sample is needed by itself, for every weight. For a linear layer it is g.T @ x: x
+is the layer's input, g the gradient of the loss at its output. During one backward pass a hook on
+each layer forms this product and adds its absolute value to an fp32 sum. No weight needs a gradient
+of its own, so 4-bit weights can be scored; with a LoRA on them W is the effective weight.
 
-Of a 7 B model all importances at once would take 26 GB. `snip_windows` scores some layers at a
-time; what the layers below hand up is computed once and kept on the host.
-
-Which model and which pairs are scored is decided in importance.py.
+All importances of a 7 B model would take 26 GB. `snip_windows` scores some layers at a time; the
+output of the layers below is computed once and kept on the host. importance.py decides which model
+and which pairs are scored.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -60,11 +58,10 @@ def snip_windows(
 ) -> Iterator[dict[str, Tensor]]:
     """The same scores as `snip`, of so many decoder layers at a time, from the lowest layer up.
 
-    For each window one pass over `batches`: it starts from the stored input of the window's first
-    layer, and its backward pass ends there. On the way it stores the next window's input on the
-    host: fp16 or bf16 [samples, tokens, width], 67 MB for 64 samples of 128 tokens and width 4096.
-    Matrices outside of the decoder layers belong to the last window. Bits are those of `snip` on
-    the same device; between two windows the model is as it was found.
+    One pass over `batches` for each window: it starts from the stored input of the window's first
+    layer, its backward pass ends there, and it stores the next window's input on the host: 67 MB in
+    fp16 for 64 samples of 128 tokens and width 4096. Matrices outside of the decoder layers belong
+    to the last window. Bits are those of `snip`; between windows the model is as it was found.
     """
     decoder = decoder_layers(model)
     names = {id(module): index for index, layer in enumerate(decoder) for module in layer.modules()}
@@ -112,11 +109,8 @@ def _score(
     def add(name: str, x: Tensor, g: Tensor) -> None:
         for sample, real in enumerate(rows):
             # fp32 before the product: a bf16 product would round away what the mean is made of
-            product = g[sample, real].float().T @ x[sample, real].float()
-            if name in sums:
-                sums[name] += product.abs_()
-            else:
-                sums[name] = product.abs_()
+            product = (g[sample, real].float().T @ x[sample, real].float()).abs_()
+            sums[name] = sums[name].add_(product) if name in sums else product
             seen[name] += 1
 
     samples = 0
@@ -151,7 +145,7 @@ def _score(
 
 @contextmanager
 def _from_stored(decoder: nn.ModuleList, start: int, stored: Sequence) -> Iterator[None]:
-    """Inside, layers below `start` compute nothing; the last of them hands up what was stored."""
+    """Inside, layers below `start` compute nothing; the last of them returns what was stored."""
     if start == 0:
         yield
         return
@@ -160,7 +154,7 @@ def _from_stored(decoder: nn.ModuleList, start: int, stored: Sequence) -> Iterat
     def pass_on(hidden, *args, **kwargs):
         return hidden
 
-    def hand_up(hidden, *args, **kwargs):
+    def stored_output(hidden, *args, **kwargs):
         value = next(left)
         whole = value if isinstance(value, tuple) else (value,)
         leaf = whole[0].to(device).detach().requires_grad_(True)  # its gradient goes with it
@@ -168,18 +162,18 @@ def _from_stored(decoder: nn.ModuleList, start: int, stored: Sequence) -> Iterat
 
     with ExitStack() as stack:
         for index, layer in enumerate(decoder[:start]):
-            own = layer.__dict__.get("forward")  # accelerate hangs its hooks there
+            own = layer.__dict__.get("forward")  # accelerate's hooks are there
             if own is None:
                 stack.callback(layer.__dict__.pop, "forward")
             else:
                 stack.callback(setattr, layer, "forward", own)
-            layer.forward = hand_up if index == start - 1 else pass_on
+            layer.forward = stored_output if index == start - 1 else pass_on
         yield
 
 
 @contextmanager
 def _storing(layer: nn.Module | None, into: list) -> Iterator[None]:
-    """Inside, what `layer` hands up is copied to the host, batch by batch."""
+    """Inside, the output of `layer` is copied to the host, batch by batch."""
     if layer is None:
         yield
         return

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import chain, count, islice
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Self
 
 import pandas as pd
 import torch
@@ -57,15 +58,12 @@ class TrainingSet:
     max_tokens: int | None = None
 
     @classmethod
-    def of(
-        cls, tokenizer, pairs: Sequence[HarmfulPair], max_tokens: int | None = None
-    ) -> "TrainingSet":
+    def of(cls, tokenizer, pairs: Sequence[HarmfulPair], max_tokens: int | None = None) -> Self:
         """SpkitError for an empty D_h or a pair that does not fit into `max_tokens`."""
         if not pairs:
             raise SpkitError("D_h is empty; deriving a patch needs at least one harmful pair.")
-        encoded = [
-            encode_pair(tokenizer, p.prompt, p.response, max_tokens=max_tokens) for p in pairs
-        ]
+        texts = [(pair.prompt, pair.response) for pair in pairs]
+        encoded = [encode_pair(tokenizer, x, y, max_tokens=max_tokens) for x, y in texts]
         return cls(encoded, tokenizer.pad_token_id, fingerprint(pairs), max_tokens)
 
 
@@ -73,11 +71,10 @@ class TrainingSet:
 class Task:
     """What is trained.
 
-    name: the patch's. direction: what progress and errors call it. objective(losses, mask, indices):
-    the scalar to minimise, a *mean* over the B samples, so that `micro_batch_size` of them at once
-    give the same gradient; losses fp32 and mask bool [B, T] as chat.answer_loss gives them, indices:
-    which pairs the B rows are. settings: learning rate, steps, batch size ... stop(means): called
-    before each step with the mean loss of every batch so far; True ends the training.
+    name: of the patch. direction: its name in progress bars and errors. settings: learning rate,
+    steps, batch size ... objective(losses, mask, indices): the scalar to minimise, a *mean* over
+    the B pairs `indices`, with losses fp32 and mask bool [B, T] as chat.answer_loss gives them.
+    stop(means): asked before each step, with the mean loss of every batch so far; True ends it.
     """
 
     name: str
@@ -154,10 +151,9 @@ class Loop:
         self.checkpointing = config.gradient_checkpointing
         self.device = wrapped.get_input_embeddings().weight.device
         self.weights = [p for p in wrapped.parameters() if p.requires_grad]
-        self.optimizer = OPTIMIZERS[config.optimizer](self.weights, task.settings.learning_rate)
-        self.schedule = get_constant_schedule_with_warmup(
-            self.optimizer, task.settings.warmup_steps
-        )
+        self.optimizer = _adamw(config.optimizer, self.weights, task.settings.learning_rate)
+        warmup = task.settings.warmup_steps
+        self.schedule = get_constant_schedule_with_warmup(self.optimizer, warmup)
         half = wrapped.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
         self.step, self.overflows, self.in_a_row = 0, 0, 0
@@ -174,7 +170,7 @@ class Loop:
                 indices = next(batches)
                 row = {"patch": self.task.name, "step": self.step, "loss": self.backward(indices)}
                 self.rows.append({**row, "grad_norm": 0.0, "stop": ""})
-                # measured before the step: where it ends here, the weights of the last step are kept
+                # measured before the step: where it ends here, the last step is not taken
                 if self.task.stop is not None and self.task.stop([r["loss"] for r in self.rows]):
                     self.reason = "mean loss reached"
                 elif self.step == limit:
@@ -303,27 +299,14 @@ def _identity(manifest: dict, data: TrainingSet, task: Task, config, dtype: str)
     }
 
 
-def _adamw(weights, rate: float):
-    return torch.optim.AdamW(weights, lr=rate, weight_decay=0.0)
+def _adamw(kind: str, weights, rate: float) -> torch.optim.Optimizer:
+    """`derivation.optimizer`: AdamW without weight decay, its moments in fp32 or in 8 bits."""
+    if kind == "adamw":
+        return torch.optim.AdamW(weights, lr=rate, weight_decay=0.0)
+    from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
 
-
-def _adamw_8bit(weights, rate: float):
-    from bitsandbytes.optim import AdamW8bit
-
-    return AdamW8bit(weights, lr=rate, weight_decay=0.0)
-
-
-def _paged_adamw_8bit(weights, rate: float):
-    from bitsandbytes.optim import PagedAdamW8bit
-
-    return PagedAdamW8bit(weights, lr=rate, weight_decay=0.0)
-
-
-OPTIMIZERS = {
-    "adamw": _adamw,
-    "adamw_8bit": _adamw_8bit,
-    "paged_adamw_8bit": _paged_adamw_8bit,
-}
+    made = {"adamw_8bit": AdamW8bit, "paged_adamw_8bit": PagedAdamW8bit}[kind]
+    return made(weights, lr=rate, weight_decay=0.0)
 
 
 # ---- LoRA factors on a backbone ------------------------------------------------------------------
@@ -364,10 +347,8 @@ def add_lora(model, lora: LoraConfig, seed: int, name: str = "default"):
 def attach(model, *patches: Factors):
     """The backbone as theta + P: wrapped by PEFT with the factors of `patches`, in eval mode.
 
-    For importance on theta_GA and theta_GD without a second copy of the weights. Each patch is an
-    adapter of its own name; the first is active, `.set_adapter(name)` makes another so, and
-    `.unload()` gives the bare backbone back. SpkitError where a patch was made for another
-    architecture.
+    Each patch is an adapter of its own name. The first is active, `.set_adapter(name)` activates
+    another, and `.unload()` gives the bare backbone back. SpkitError where a patch does not fit.
     """
     shapes = [SimpleNamespace(**{**p.manifest["lora"], "dropout": 0.0}) for p in patches]
     for patch, lora in zip(patches, shapes, strict=True):

@@ -4,13 +4,9 @@ import json
 
 import pytest
 
-from spkit.config import Config
-from spkit.data.selection import (
-    load_eval_prompts,
-    load_harmful_pairs,
-    read_eval_prompts,
-    read_harmful_pairs,
-)
+from spkit.config import Config, SourceConfig
+from spkit.data.readers import read
+from spkit.data.selection import load_eval_prompts, load_harmful_pairs
 from spkit.errors import SpkitError
 from spkit.examples import fingerprint
 
@@ -35,6 +31,22 @@ def write(tmp_path):
     return write_rows
 
 
+def data(**values):
+    return Config.from_sources({"data": values, "continual": {"stages": [["a"]]}}).data
+
+
+def pairs_of(path):
+    """All pairs of a file of one's own."""
+    return load_harmful_pairs(data(harmful=path, pairs=None), seed=0)
+
+
+def prompts_of(path, split):
+    """All prompts of one split of a file of one's own."""
+    return load_eval_prompts(
+        data(evaluation=path), Config.from_sources({"evaluation": {"split": split}}).evaluation
+    )
+
+
 def pairs(count, category="a"):
     return [{**PAIR, "id": f"{category}{i}", "category": category} for i in range(count)]
 
@@ -44,27 +56,29 @@ def pairs(count, category="a"):
 
 def test_pairs_in_the_file_s_order_with_blank_lines_and_keys_of_ones_own(write):
     path = write({**PAIR, "id": "x", "source": "mine"}, "", PAIR)
-    first, second = read_harmful_pairs(path)
+    first, second = pairs_of(path)
     assert (first.id, first.category) == ("x", "colouring")
     assert second.id == "3"  # its row
 
 
 def test_byte_order_mark_is_no_mistake(write):
-    assert len(read_harmful_pairs(write(b"\xef\xbb\xbf" + json.dumps(PAIR).encode()))) == 1
+    assert len(pairs_of(write(b"\xef\xbb\xbf" + json.dumps(PAIR).encode()))) == 1
 
 
 def test_prompts_have_defaults_by_objective(write):
     rows = [
-        PROMPT,
-        {**PROMPT, "group": "unseen", "forbidden": ["ink"], "phrasing": "new wrapper"},
-        {**PROMPT, "objective": "over_safety", "reference": "use the soap"},
-        {**PROMPT, "objective": "utility", "split": "dev"},
+        {},
+        {"group": "unseen", "forbidden": ["ink"], "phrasing": "new wrapper"},
+        {"objective": "over_safety", "reference": "use the soap"},
+        {"objective": "utility", "split": "dev"},
     ]
-    path = write(*rows)
-    groups = [prompt.group for prompt in read_eval_prompts(path, "test")]
+    # no prompt is there twice, or the second one would be left out
+    texts = [f"how do i dye goat number {i} ?" for i in range(len(rows))]
+    path = write(*({**PROMPT, "prompt": t, **row} for t, row in zip(texts, rows, strict=True)))
+    groups = [prompt.group for prompt in prompts_of(path, "test")]
     assert groups == ["seen", "unseen", "harmless"]
-    assert read_eval_prompts(path, "test")[1].forbidden == ("ink",)
-    assert [prompt.group for prompt in read_eval_prompts(path, "dev")] == ["utility"]
+    assert prompts_of(path, "test")[1].forbidden == ("ink",)
+    assert [prompt.group for prompt in prompts_of(path, "dev")] == ["utility"]
 
 
 # ---- mistakes name file and row ------------------------------------------------------------------
@@ -89,7 +103,7 @@ def test_prompts_have_defaults_by_objective(write):
 )
 def test_wrong_pairs(write, rows, sentence):
     with pytest.raises(SpkitError) as error:
-        read_harmful_pairs(write(*rows))
+        pairs_of(write(*rows))
     assert sentence in str(error.value)
 
 
@@ -109,25 +123,23 @@ def test_wrong_pairs(write, rows, sentence):
 )
 def test_wrong_prompts(write, change, sentence):
     with pytest.raises(SpkitError) as error:
-        read_eval_prompts(write(PROMPT, {**PROMPT, **change}), "test")
+        prompts_of(write(PROMPT, {**PROMPT, **change}), "test")
     assert f"mine.jsonl, {sentence}" in str(error.value)
 
 
 def test_missing_file():
     with pytest.raises(SpkitError, match="none.jsonl: cannot be read .No such file"):
-        read_harmful_pairs("none.jsonl")
+        read(SourceConfig(reader="own", path="none.jsonl"), "D_h")
+    with pytest.raises(SpkitError, match="^data.harmful is 'none.jsonl': no such file"):
+        pairs_of("none.jsonl")
 
 
 def test_a_split_without_prompts(write):
     with pytest.raises(SpkitError, match="no prompt of the split 'dev'"):
-        read_eval_prompts(write(PROMPT), "dev")
+        prompts_of(write(PROMPT), "dev")
 
 
 # ---- D_h and the prompts of a run ----------------------------------------------------------------
-
-
-def data(**values):
-    return Config.from_sources({"data": values, "continual": {"stages": [["a"]]}}).data
 
 
 def test_pairs_are_limited_by_a_draw_of_the_seed_and_keep_their_order(write):
@@ -171,7 +183,7 @@ def test_prompts_per_cell(write):
 
 
 def test_fingerprint_names_the_set_and_not_its_order(write):
-    first = read_harmful_pairs(write(*pairs(3)))
+    first = pairs_of(write(*pairs(3)))
     assert fingerprint(first) == fingerprint(first[::-1])
     assert fingerprint(first) != fingerprint(first[:2])
     assert len(fingerprint(first)) == 64

@@ -3,24 +3,24 @@
 import pytest
 import torch
 
-from spkit.comparison.ablations import SAFEPATCHING, Variants
 from spkit.config import PatchingConfig
 from spkit.method.balancing import balanced, held_beta
-from spkit.method.patch import Patch
+from spkit.method.patch import Factors
+from spkit.method.safepatching import SafePatching
 
 NAME = "model.layers.0.mlp.up_proj.weight"
-SE = Patch("se", {NAME: (torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0], [2.0]]))}, 1.0)
-OSM = Patch("osm", {NAME: (torch.tensor([[1.0, 1.0]]), torch.tensor([[3.0], [1.0]]))}, 1.0)
+SE = Factors("se", {NAME: (torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0], [2.0]]))}, 1.0)
+OSM = Factors("osm", {NAME: (torch.tensor([[1.0, 1.0]]), torch.tensor([[3.0], [1.0]]))}, 1.0)
 # the top half of SE is its second row, that of OSM its first: both patches keep half of the matrix
 SCORES_SE = {NAME: torch.tensor([[1.0, 2.0], [3.0, 4.0]])}
 SCORES_OSM = {NAME: torch.tensor([[4.0, 3.0], [2.0, 1.0]])}
 
 
-def variants(**values):
+def method(**values):
     config = PatchingConfig(
         retention_rate=1.0, top_rate_se=0.5, top_rate_osm=0.5, scale="plain", **values
     )
-    return Variants(SE, OSM, SCORES_SE, SCORES_OSM, config, seed=0)
+    return SafePatching(SE, OSM, (SCORES_SE, SCORES_OSM), config, seed=0)
 
 
 def losses(deltas):
@@ -30,35 +30,33 @@ def losses(deltas):
 
 
 def test_without_a_balance_nothing_changes():
-    given = variants(balance=None, alpha=7.0, beta=2.0)
+    given = method(balance=None, alpha=7.0, beta=2.0)
     assert balanced(given, losses) is given
 
 
 def test_alpha_is_the_smallest_that_reaches_the_balance_at_this_beta():
-    found = balanced(variants(balance=5.0, alpha=7.0, beta=2.0), losses)
+    found = balanced(method(balance=5.0, alpha=7.0, beta=2.0), losses)
     # alpha (2 + 4) - beta (3 + 3) = 5 at alpha = 17 / 6; bisection errs upwards, by at most 3 %
     assert 17 / 6 <= found.config.alpha <= 1.03 * 17 / 6
     assert found.config.beta == 2.0
-    assert losses(found.deltas(SAFEPATCHING)).min() >= 5.0
+    assert losses(found.deltas()).min() >= 5.0
 
 
 def test_a_larger_beta_needs_a_larger_alpha():
-    alphas = [balanced(variants(balance=5.0, beta=b), losses).config.alpha for b in (0.0, 1.0, 3.0)]
+    alphas = [balanced(method(balance=5.0, beta=b), losses).config.alpha for b in (0.0, 1.0, 3.0)]
     assert alphas == sorted(alphas) and alphas[0] < alphas[2]
 
 
 def test_where_no_alpha_is_enough_beta_is_lowered_until_d_h_stays_unlearnt():
     # at alpha = 20 it is 120 - 6 beta: out of reach for beta = 30; at alpha = 1 it is 6 - 6 beta
-    found = balanced(variants(balance=3.0, beta=30.0), losses).config
+    found = balanced(method(balance=3.0, beta=30.0), losses).config
     assert found.alpha == 1.0
     assert 0.5 - 30 / 2**8 <= found.beta <= 0.5
-    assert (
-        losses(balanced(variants(balance=3.0, beta=30.0), losses).deltas(SAFEPATCHING)).min() >= 3
-    )
+    assert losses(balanced(method(balance=3.0, beta=30.0), losses).deltas()).min() >= 3
 
 
 def test_what_cannot_be_unlearnt_gets_no_osm_at_all():
-    found = balanced(variants(balance=99.0, beta=10.0), losses).config
+    found = balanced(method(balance=99.0, beta=10.0), losses).config
     assert (found.alpha, found.beta) == (1.0, 0.0)
 
 

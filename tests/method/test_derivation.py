@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from spkit.config import AscentConfig, DerivationConfig
 from spkit.errors import SpkitError
 from spkit.examples import HarmfulPair, fingerprint
-from spkit.method import derivation
-from spkit.method.derivation import ascent_loss, derive, descent_loss
-from spkit.method.patch import Patch
-from spkit.method.training import attach
+from spkit.method import training
+from spkit.method.derivation import ascent_loss, ceiling_reached, derive, descent_loss
+from spkit.method.patch import Factors
+from spkit.method.training import TrainingSet, attach
 from spkit.models.chat import encode_pair
 from spkit.models.loading import load
 from spkit.models.weights import target_weights
@@ -44,9 +44,7 @@ def settings(targets=tiny.TARGETS, dropout=0.0, quantization="none", **both):
 
 
 def run(model, direction="ascent", seed=0, pairs=PAIRS, **options):
-    return derive(
-        model, TOKENIZER, pairs, direction=direction, config=settings(**options), seed=seed
-    )
+    return derive(model, TrainingSet.of(TOKENIZER, pairs), direction, settings(**options), seed)
 
 
 def logits(model):
@@ -180,7 +178,7 @@ def test_the_steps_are_clipped_adamw_steps_with_clamp_and_warm_up(direction):
     )
     assert len(curve) == 5 and curve["grad_norm"][0] > clip
 
-    model = derivation.add_lora(tiny.model("llama"), settings().lora, seed=0)
+    model = training.add_lora(tiny.model("llama"), settings().lora, seed=0)
     weights = [w for w in model.parameters() if w.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.0)
     clamped = 0
@@ -220,7 +218,7 @@ def test_clipping_shrinks_a_step_below_the_epsilon_of_adamw():
 
 def test_every_epoch_holds_every_pair_once_in_a_new_order():
     encoded = [encode_pair(TOKENIZER, p.prompt, p.response) for p in PAIRS * 4]
-    endless = derivation._endless(encoded, 4, seed=0)
+    endless = training._endless(encoded, 4, seed=0)
     epochs = [[next(endless) for _ in range(3)] for _ in range(3)]
     for epoch in epochs:
         assert sorted(i for batch in epoch for i in batch) == list(range(12))
@@ -234,7 +232,7 @@ def test_ascent_raises_and_descent_lowers_the_loss(architecture, quantization, c
     before, curves = anatomy(model), {}
     for direction in ("ascent", "descent"):
         config = settings(quantization=quantization)
-        patch, curve = derive(model, tokenizer, PAIRS, direction=direction, config=config, seed=0)
+        patch, curve = derive(model, TrainingSet.of(tokenizer, PAIRS), direction, config, 0)
         assert list(patch.factors) == list(target_weights(model, tiny.TARGETS))
         assert patch.norm() > 0.1
         assert patch.manifest["quantization"] == quantization
@@ -271,7 +269,7 @@ def test_divergence_names_the_step_and_leaves_the_backbone_as_it_was():
     before, config = anatomy(model), settings()
     config.descent.__dict__["learning_rate"] = 1e30  # the parameters' range forbids it
     with pytest.raises(SpkitError, match=r"^The descent loss is (nan|inf) at step 1; lower"):
-        derive(model, TOKENIZER, PAIRS, direction="descent", config=config, seed=0)
+        derive(model, TrainingSet.of(TOKENIZER, PAIRS), "descent", config, 0)
     assert_same(model, before)
 
 
@@ -289,14 +287,14 @@ def test_a_gradient_that_is_no_number(monkeypatch):
 def derived():
     """(backbone, patch, a copy of the model that was trained, before it was unwrapped)."""
     model, kept = tiny.model("llama"), {}
-    own = derivation._factors
+    own = training._factors
 
     def spy(wrapped, targets):
         kept["trained"] = copy.deepcopy(wrapped).eval()
         return own(wrapped, targets)
 
     with pytest.MonkeyPatch.context() as patcher:
-        patcher.setattr(derivation, "_factors", spy)
+        patcher.setattr(training, "_factors", spy)
         patch, _ = run(model)
     return model, patch, kept["trained"]
 
@@ -345,7 +343,7 @@ def test_attach_names_what_does_not_fit(derived):
         attach(tiny.model("llama", layers=1), patch)
     a, b = patch.factors[Q_PROJ]
     for factors in [(a[:, :-1], b), (a, b[:-1])]:
-        bad = Patch("se", {**patch.factors, Q_PROJ: factors}, 2.0, patch.manifest)
+        bad = Factors("se", {**patch.factors, Q_PROJ: factors}, 2.0, patch.manifest)
         with pytest.raises(SpkitError, match=r"'se' does not fit 'model\.layers\.0.*takes \[4, 64"):
             attach(model, bad)
     assert_same(deeper, before)
@@ -355,7 +353,7 @@ def test_attach_names_what_does_not_fit(derived):
 def test_delta_and_norm_by_hand():
     a = torch.tensor([[1.0, 2.0, 0.0]])
     b = torch.tensor([[3.0], [-1.0]])
-    patch = Patch("se", {"w": (a, b), "v": (torch.ones(1, 1), torch.ones(1, 1))}, 2.0)
+    patch = Factors("se", {"w": (a, b), "v": (torch.ones(1, 1), torch.ones(1, 1))}, 2.0)
     assert patch.delta("w").tolist() == [[6.0, 12.0, 0.0], [-2.0, -4.0, 0.0]]
     assert patch.norm() == math.sqrt(36 + 144 + 4 + 16 + 4)
 
@@ -377,7 +375,7 @@ def test_saved_and_loaded(derived, tmp_path):
     _, patch, _ = derived
     path = tmp_path / "run" / "se.safetensors"
     patch.save(path)
-    read = Patch.load(path)
+    read = Factors.load(path)
     assert (read.name, read.scaling, read.manifest) == ("se", 2.0, patch.manifest)
     assert read.factors.keys() == patch.factors.keys()
     for name, pair in patch.factors.items():
@@ -421,7 +419,7 @@ def test_broken_files_end_in_one_sentence(derived, tmp_path):
     }
     for path, message in cases.items():
         with pytest.raises(SpkitError) as caught:
-            Patch.load(path)
+            Factors.load(path)
         assert message in str(caught.value)
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 

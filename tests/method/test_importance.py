@@ -1,26 +1,35 @@
-"""The glue between patches and importance: which model is scored, on which pairs and which loss."""
+"""Importance of patches: which model is scored, on which pairs and which loss; what is saved."""
 
 import copy
 import hashlib
+from dataclasses import replace
 
 import pytest
 import tiny
 import torch
 
-from spkit.comparison.ablations import ABLATIONS, load_variants
+from spkit.comparison.ablations import ABLATIONS, ablated
 from spkit.config import Config, ImportanceConfig
 from spkit.errors import SpkitError
 from spkit.examples import HarmfulPair
 from spkit.method import importance as scoring
-from spkit.method import snip as importance
-from spkit.method.importance import layers_per_pass, score_and_save, score_patch, score_windows
-from spkit.method.patch import Patch
+from spkit.method import snip as scores_of
+from spkit.method.importance import (
+    Calibration,
+    layers_per_pass,
+    save_windows,
+    score_patch,
+    score_windows,
+)
+from spkit.method.overlap import ImportanceSummary
+from spkit.method.patch import Factors
 from spkit.method.patching import rate_count, top_rate_set
 from spkit.method.sets import BitSets
 from spkit.method.snip import snip
 from spkit.models import chat
 from spkit.models.loading import load
 from spkit.models.weights import effective_weight, target_weights
+from spkit.running.patch_of_run import load_safepatching
 
 TOKENIZER = tiny.tokenizer()
 TARGETS = ["q_proj", "down_proj"]
@@ -49,7 +58,7 @@ def patch(name="se", seed=0):
         for tensor, layer in target_weights(tiny.model("llama"), TARGETS).items()
     }
     lora = {"r": 2, "alpha": 8.0, "dropout": 0.5, "targets": TARGETS}
-    return Patch(name, factors, 4.0, {"lora": lora})
+    return Factors(name, factors, 4.0, {"lora": lora})
 
 
 def config(**changes):
@@ -57,7 +66,8 @@ def config(**changes):
 
 
 def score(model, of=None, seed=0, pairs=PAIRS, **changes):
-    return score_patch(model, TOKENIZER, of or patch(), pairs, config(**changes), seed=seed)
+    calibration = Calibration(pairs, config(**changes), seed)
+    return score_patch(model, TOKENIZER, of or patch(), calibration)
 
 
 def chosen(seed, count=5):
@@ -230,7 +240,7 @@ RATES = dict(top_rate_se=0.3, top_rate_osm=0.45)
 
 
 def windows(model, patches=BOTH, **changes):
-    return score_windows(model, TOKENIZER, patches, PAIRS, config(**changes), seed=0)
+    return score_windows(model, TOKENIZER, patches, Calibration(PAIRS, config(**changes), 0))
 
 
 @pytest.mark.parametrize("depth", [None, 1, 2, 9, "auto"])
@@ -272,7 +282,7 @@ def test_the_model_comes_back_bare_when_the_windows_are_closed(taken, scored_mod
 
 def test_an_error_in_a_later_window_gives_the_model_back(checkpoints, monkeypatch):
     model, _ = load(checkpoints["llama"])
-    before, calls, own = anatomy(model), [], importance._score
+    before, calls, own = anatomy(model), [], scores_of._score
 
     def fails(*arguments):
         calls.append(1)
@@ -280,7 +290,7 @@ def test_an_error_in_a_later_window_gives_the_model_back(checkpoints, monkeypatc
             raise SpkitError("no more")
         return own(*arguments)
 
-    monkeypatch.setattr(importance, "_score", fails)
+    monkeypatch.setattr(scores_of, "_score", fails)
     walk = windows(model, layers_per_pass=1)
     assert len(next(walk)["osm"]) == 2
     with pytest.raises(SpkitError, match="no more"):
@@ -328,6 +338,16 @@ def whole_config(save="scores", depth=1, patching=RATES, **more):
     )
 
 
+def score_and_save(model, config, folder, watch=None):
+    """As notebook 02 does it. watch(window): sees every window, as the summary does."""
+    calibration = Calibration(PAIRS, config.importance, config.seed, config.data.max_tokens)
+    summary = ImportanceSummary()
+    if watch is not None:
+        summary.add = watch
+    windows = summary.watch(score_windows(model, TOKENIZER, BOTH, calibration))
+    save_windows(windows, config.importance.save, config.patching, folder)
+
+
 def files(folder):
     return sorted(path.name for path in folder.iterdir())
 
@@ -336,10 +356,10 @@ def test_scores_are_saved(tmp_path, checkpoints):
     model, _ = load(checkpoints["llama"])
     before, seen = anatomy(model), []
     how = dict(watch=lambda window: seen.append({n: list(s) for n, s in window.items()}))
-    score_and_save(model, TOKENIZER, BOTH, PAIRS, whole_config(), tmp_path, **how)
+    score_and_save(model, whole_config(), tmp_path, **how)
     assert files(tmp_path) == ["importance_osm.safetensors", "importance_se.safetensors"]
     for of in BOTH:
-        found = importance.load(tmp_path / f"importance_{of.name}.safetensors")
+        found = scoring.load(tmp_path / f"importance_{of.name}.safetensors")
         expected = score(model, of)
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], value) for name, value in expected.items())
@@ -351,7 +371,7 @@ def test_scores_are_saved(tmp_path, checkpoints):
 @pytest.mark.parametrize("depth", [None, 1])
 def test_sets_are_those_of_the_scores(depth, tmp_path, checkpoints):
     model, _ = load(checkpoints["llama"])
-    score_and_save(model, TOKENIZER, BOTH, PAIRS, whole_config("sets", depth), tmp_path)
+    score_and_save(model, whole_config("sets", depth), tmp_path)
     assert files(tmp_path) == ["top_osm.safetensors", "top_se.safetensors"]
     for of, rate in zip(BOTH, RATES.values(), strict=True):
         sets = BitSets.load(tmp_path / f"top_{of.name}.safetensors")
@@ -373,7 +393,7 @@ def test_an_error_of_the_watcher_gives_the_model_back_and_saves_nothing(save, tm
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt) as caught:
-        score_and_save(model, TOKENIZER, BOTH, PAIRS, whole_config(save), tmp_path, watch=watch)
+        score_and_save(model, whole_config(save), tmp_path, watch=watch)
     assert caught.tb is not None
     assert_untouched(model, before)
     assert files(tmp_path) == []
@@ -389,7 +409,7 @@ def test_the_limit_on_tokens_is_that_of_the_data(tmp_path, monkeypatch):
     own = scoring.encode_pair
     monkeypatch.setattr(scoring, "encode_pair", spy)
     limited = whole_config(data=dict(max_tokens=16))
-    score_and_save(tiny.model("llama"), TOKENIZER, BOTH, PAIRS, limited, tmp_path)
+    score_and_save(tiny.model("llama"), limited, tmp_path)
     assert set(limits) == {16} and len(limits) == 5
 
 
@@ -400,11 +420,11 @@ def saved(tmp_path):
     for of in BOTH:
         of.save(tmp_path / "patches" / f"{of.name}.safetensors")
     for save in ("scores", "sets"):
-        score_and_save(model, TOKENIZER, BOTH, PAIRS, whole_config(save), tmp_path / save)
+        score_and_save(model, whole_config(save), tmp_path / save)
 
     def read(save, **changes):
         made = whole_config(save, patching=RATES | changes)
-        return load_variants(tmp_path / "patches", tmp_path / save, made)
+        return load_safepatching(tmp_path / "patches", tmp_path / save, made)
 
     return read
 
@@ -415,28 +435,39 @@ CHANGED_RATES = ("global top rate", "ranked after retention")
 @pytest.mark.parametrize("scale", ["plain", "norm_matched"])
 def test_sets_make_the_same_variants_as_scores(scale, saved):
     by_scores, by_sets = saved("scores", scale=scale), saved("sets", scale=scale)
-    assert by_scores.tops is None and by_sets.scores_se is by_sets.scores_osm is None
+    assert [type(found) for found in by_scores.importance] == [dict, dict]
+    assert [type(found) for found in by_sets.importance] == [BitSets, BitSets]
     assert by_scores.weights == by_sets.weights == 2 * (64 * 64 + 64 * 128)
     names = [name for name in ABLATIONS if name not in CHANGED_RATES]
     assert len(names) == 10
     for variant in names:
-        for one, other in zip(by_scores.kept(variant), by_sets.kept(variant), strict=True):
+        scored, packed = ablated(by_scores, variant), ablated(by_sets, variant)
+        for one, other in zip(scored.kept(), packed.kept(), strict=True):
             assert sorted(one) == sorted(other)
             assert all(torch.equal(one[name], other[name]) for name in one), variant
-        assert by_scores.strengths(variant) == by_sets.strengths(variant)
-        one, other = by_scores.deltas(variant), by_sets.deltas(variant)
+        assert scored.strengths() == packed.strengths()
+        one, other = scored.deltas(), packed.deltas()
         assert sorted(one) == sorted(other)
         assert all(torch.equal(one[name], other[name]) for name in one), variant
         assert any(one[name].any() for name in one)
 
 
-def test_sets_cannot_be_ranked_again(saved):
+@pytest.mark.parametrize("scope, order", [("global", "rank_all"), ("matrix", "rank_retained")])
+def test_sets_cannot_be_ranked_again(scope, order, saved):
+    """Neither as an ablation, nor as a change, nor with other parameters from the start."""
     by_scores, by_sets = saved("scores"), saved("sets")
-    for variant in CHANGED_RATES:
-        assert by_scores.kept(variant)
-        for ask in (by_sets.kept, by_sets.strengths, by_sets.deltas):
-            with pytest.raises(SpkitError, match=f"'{variant}' needs the importances, and only"):
-                ask(variant)
+    variant = CHANGED_RATES[order == "rank_retained"]
+    key, value = ("order", order) if scope == "matrix" else ("scope", scope)
+    sentence = f"patching.{key} '{value}' needs the importances, and only the top-rate sets were"
+    assert ablated(by_scores, variant).kept() and saved("scores", **{key: value}).kept()
+    for ask in (
+        lambda: ablated(by_sets, variant),
+        lambda: by_sets.changed(**{key: value}),
+        lambda: replace(by_sets, config=saved("scores", **{key: value}).config),
+    ):
+        with pytest.raises(SpkitError, match=f"^{sentence}"):
+            ask()
+    assert by_sets.changed(alpha=7.0, retention_rate=0.1, scale="plain").kept()
 
 
 @pytest.mark.parametrize("key", list(RATES))
@@ -444,7 +475,11 @@ def test_sets_of_another_rate(key, saved):
     sentence = f"made with patching.{key} {RATES[key]}, and now it is 0.2: run notebook 02 again"
     with pytest.raises(SpkitError, match=sentence):
         saved("sets", **{key: 0.2})
-    assert saved("scores", **{key: 0.2}).kept("SafePatching")
+    assert saved("scores", **{key: 0.2}).kept()
+    by_scores, by_sets = saved("scores"), saved("sets")
+    with pytest.raises(SpkitError, match=sentence):
+        by_sets.changed(**{key: 0.2})
+    assert by_sets.changed(**{key: RATES[key]}).kept() and by_scores.changed(**{key: 0.2}).kept()
 
 
 def test_what_was_saved_in_the_other_way_is_missing(saved, tmp_path):

@@ -10,11 +10,13 @@ from torch import nn
 from torch.func import functional_call
 
 from spkit.errors import SpkitError
-from spkit.method import snip as importance
+from spkit.method import importance
+from spkit.method import snip as scoring
 from spkit.method.snip import decoder_layers, snip, snip_windows
 from spkit.models import chat
 from spkit.models.loading import load
 from spkit.models.weights import effective_weight, target_weights
+from spkit.system import tensors
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 TOKENIZER = tiny.tokenizer()
@@ -315,13 +317,13 @@ def test_the_backward_pass_ends_where_the_window_begins():
 
 
 def test_the_stored_inputs_are_on_the_host_and_no_longer_than_needed(monkeypatch):
-    kept, own = [], importance._storing
+    kept, own = [], scoring._storing
 
     def spy(layer, into):
         kept.append(into)
         return own(layer, into)
 
-    monkeypatch.setattr(importance, "_storing", spy)
+    monkeypatch.setattr(scoring, "_storing", spy)
     model = tiny.model("llama", layers=3).bfloat16()
     batches = tiny.batches(TOKENIZER)
     list(snip_windows(model, batches, ["q_proj"], 1))
@@ -413,8 +415,8 @@ def test_windows_of_unknown_targets_and_of_no_samples():
 
 def test_scores_are_saved_to_the_same_bytes(tmp_path):
     scores = {"b": torch.rand(3, 4), "a": torch.rand(2, 2)}
-    importance.save(scores, tmp_path / "one.safetensors", note="se")
-    importance.save(dict(reversed(scores.items())), tmp_path / "two.safetensors", note="se")
+    importance.save(scores, tmp_path / "one.safetensors")
+    importance.save(dict(reversed(scores.items())), tmp_path / "two.safetensors")
     one, two = (tmp_path / f"{name}.safetensors" for name in ("one", "two"))
     assert one.read_bytes() == two.read_bytes()
     loaded = importance.load(one)
@@ -427,11 +429,11 @@ def test_an_interrupted_save_keeps_the_old_file(tmp_path, monkeypatch):
     importance.save({"a": torch.zeros(2)}, path)
     old = path.read_bytes()
 
-    def full(tensors, file, metadata):
+    def full(found, file, metadata):
         file.write_bytes(b"half of it")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(importance, "save_file", full)
+    monkeypatch.setattr(tensors, "save_file", full)
     with pytest.raises(SpkitError, match="the disk is full"):
         importance.save({"a": torch.ones(2)}, path)
     assert path.read_bytes() == old
@@ -439,8 +441,10 @@ def test_an_interrupted_save_keeps_the_old_file(tmp_path, monkeypatch):
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    with pytest.raises(SpkitError, match="There is no file"):
+    with pytest.raises(
+        SpkitError, match="missing.safetensors cannot be read as importances: No such file"
+    ):
         importance.load(tmp_path / "missing.safetensors")
     (tmp_path / "bad.safetensors").write_bytes(b"not safetensors")
-    with pytest.raises(SpkitError, match="is no readable safetensors file"):
+    with pytest.raises(SpkitError, match="bad.safetensors cannot be read as importances: "):
         importance.load(tmp_path / "bad.safetensors")

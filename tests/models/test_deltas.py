@@ -6,11 +6,12 @@ import torch
 from bitsandbytes.functional import quantize_4bit
 from torch.nn.functional import linear
 
-from spkit.comparison.ablations import Deltas, Variants, whole_patches
+from spkit.comparison.ablations import ablated
 from spkit.config import PatchingConfig
 from spkit.errors import SpkitError
-from spkit.method.patch import Patch
+from spkit.method.patch import Factors, MergedPatch, whole_patches
 from spkit.method.patching import retention_mask
+from spkit.method.safepatching import SafePatching
 from spkit.method.sets import Lazy
 from spkit.models.deltas import LowRankDelta, SparseDelta
 from spkit.models.loading import load
@@ -273,7 +274,7 @@ def patch(model, name, seed):
         )
         for i, (tensor, layer) in enumerate(target_weights(model, tiny.TARGETS).items())
     }
-    return Patch(name, factors, 0.5)
+    return Factors(name, factors, 0.5)
 
 
 def unreadable(*terms):
@@ -283,7 +284,7 @@ def unreadable(*terms):
         raise AssertionError(f"the dense delta of {name} was computed")
 
     whole = whole_patches(*terms)
-    return Deltas(list(whole), fail, whole.factors)
+    return MergedPatch(list(whole), fail, whole.factors)
 
 
 @dtypes
@@ -300,7 +301,7 @@ def test_factors_are_used_where_there_are_some(dtype, checkpoints):
 
 
 def test_a_full_precision_weight_gets_the_dense_delta():
-    """The mapping's own values, written in place as compose does; or the sum of the factors."""
+    """The mapping's own values, written in place as add_delta does; or the sum of the factors."""
     model = tiny.model("llama")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     se = patch(model, "se", 0)
@@ -320,8 +321,8 @@ def test_whole_variants_go_by_their_factors(variant, checkpoints, monkeypatch):
     model = nf4(checkpoints)
     se, osm = patch(model, "se", 0), patch(model, "osm", 50)
     scores = {name: torch.ones_like(se.delta(name)) for name in se.factors}
-    variants = Variants(se, osm, scores, scores, PatchingConfig(), seed=0)
-    whole = variants.deltas(variant)
+    method = SafePatching(se, osm, (scores, scores), PatchingConfig(), seed=0)
+    whole = ablated(method, variant).deltas()
     dense = {name: whole[name].clone() for name in whole}
     parts = {"SE only": [se], "OSM only": [osm], "plain sum": [se, osm]}[variant]
     for name in dense:
@@ -331,7 +332,7 @@ def test_whole_variants_go_by_their_factors(variant, checkpoints, monkeypatch):
         assert len(whole.factors(name).terms) == len(parts)
     with patched(model, dense):
         expected = logits(model)
-    monkeypatch.setattr(Deltas, "__getitem__", lambda self, name: pytest.fail("a dense delta"))
+    monkeypatch.setattr(MergedPatch, "__getitem__", lambda self, name: pytest.fail("a dense delta"))
     with patched(model, whole):
         assert relative(logits(model), expected) < 14 * 128 * UNIT["float32"]
     assert relative(logits(model), expected) > 0.01
@@ -343,8 +344,7 @@ def test_thinned_variants_have_no_factors(checkpoints):
     scores = [
         {name: random(*se.delta(name).shape, seed=s).abs() for name in se.factors} for s in (1, 2)
     ]
-    variants = Variants(se, osm, *scores, PatchingConfig(), seed=0)
-    kept = variants.deltas("SafePatching")
+    kept = SafePatching(se, osm, tuple(scores), PatchingConfig(), seed=0).deltas()
     assert kept.factors(Q_PROJ) is None
     expected = logits(dense_model(model, checkpoints["llama"], dict(kept)))
     with patched(model, kept):

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from spkit.errors import SpkitError
 from spkit.method import patching
+from spkit.models.deltas import add_delta
 from spkit.models.loading import check_tokenizer, load, load_tokenizer, resolve_device
 from spkit.models.patched import patched
 from spkit.models.weights import effective_weight, guard_nf4, target_weights
@@ -282,7 +283,7 @@ def sparse_deltas(model, scale=0.5):
 
 @architectures
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_patched_is_compose_and_is_undone(architecture, dtype, checkpoints):
+def test_patched_is_add_delta_and_is_undone(architecture, dtype, checkpoints):
     model, _ = load(checkpoints[architecture], dtype=dtype)
     layers = target_weights(model, tiny.TARGETS)
     layers[Q_PROJ].weight.data[0, :8] = -0.0
@@ -295,7 +296,7 @@ def test_patched_is_compose_and_is_undone(architecture, dtype, checkpoints):
         for name, layer in layers.items():
             expected = before[name]
             if name in deltas:
-                expected = patching.add_delta(before[name], deltas[name])
+                expected = add_delta(before[name], deltas[name])
             assert torch.equal(bits(layer.weight), bits(expected))
     for name, value in model.state_dict().items():
         assert torch.equal(bits(value), bits(before[name]))

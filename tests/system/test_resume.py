@@ -14,9 +14,9 @@ from spkit.comparison.methods.npo import derive_npo
 from spkit.config import Config, DerivationConfig
 from spkit.errors import SpkitError
 from spkit.examples import HarmfulPair
-from spkit.method import derivation
+from spkit.method import derivation, training
 from spkit.method.derivation import derive
-from spkit.method.training import OVERFLOWS_IN_A_ROW
+from spkit.method.training import OVERFLOWS_IN_A_ROW, Checkpoints, TrainingSet
 from spkit.system import resume
 
 PAIRS = [HarmfulPair(str(i), x, y, "boats") for i, (x, y) in enumerate(tiny.PAIRS)]
@@ -49,14 +49,14 @@ def backbone(dtype="float32"):
 
 
 def run(model, direction="descent", folder=None, saved=None, seed=0, pairs=PAIRS, **options):
-    return derive(
-        *(model, TOKENIZER, pairs),
-        direction=direction,
-        config=settings(**options),
-        seed=seed,
-        checkpoint=folder,
-        saved=saved,
-    )
+    data = TrainingSet.of(TOKENIZER, pairs)
+    return derive(model, data, direction, settings(**options), seed, checkpoints(folder, saved))
+
+
+def checkpoints(folder, saved):
+    if folder is None:
+        return None
+    return Checkpoints(folder) if saved is None else Checkpoints(folder, saved)
 
 
 class Cut:
@@ -177,10 +177,11 @@ def test_another_trainings_checkpoint_is_ignored(change, tmp_path):
 def test_another_dtype_limit_or_system_prompt(tmp_path):
     folder, tokens, config = tmp_path / "c", tiny.tokenizer(), settings()
 
-    def steps(dtype="float32", **more):
+    def steps(dtype="float32", max_tokens=None):
         made = []
-        how = dict(direction="descent", config=config, seed=0, checkpoint=folder)
-        derive(backbone(dtype), tokens, PAIRS, **how, saved=lambda: made.append(1), **more)
+        data = TrainingSet.of(tokens, PAIRS, max_tokens)
+        where = Checkpoints(folder, saved=lambda: made.append(1))
+        derive(backbone(dtype), data, "descent", config, 0, where)
         return len(made)
 
     assert [steps(), steps()] == [3, 0]
@@ -200,7 +201,7 @@ def test_a_finished_training_makes_no_step(tmp_path, monkeypatch):
     whole = run(backbone(), folder=tmp_path / "c")
     before = {p.name: p.read_bytes() for p in (tmp_path / "c").iterdir()}
     never = lambda *_, **__: pytest.fail("a step was made")  # noqa: E731
-    monkeypatch.setattr(derivation, "answer_loss", never)
+    monkeypatch.setattr(training, "answer_loss", never)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", never)
     model = backbone()
     model.model.embed_tokens.register_forward_hook(never)
@@ -416,13 +417,13 @@ def test_a_micro_batch_gives_the_gradient_of_the_whole(direction, size, gradient
 
 
 def test_so_many_pairs_are_in_memory_at_once(monkeypatch):
-    widths, own = [], derivation.collate
+    widths, own = [], training.collate
 
     def spy(pairs, pad):
         widths.append(len(pairs))
         return own(pairs, pad)
 
-    monkeypatch.setattr(derivation, "collate", spy)
+    monkeypatch.setattr(training, "collate", spy)
     run(backbone(), batch_size=3, micro_batch_size=2, max_steps=1)
     assert widths == [2, 1, 2, 1]
     widths.clear()
