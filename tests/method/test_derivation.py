@@ -13,7 +13,7 @@ from spkit.config import AscentConfig, DerivationConfig
 from spkit.errors import SpkitError
 from spkit.examples import HarmfulPair, fingerprint
 from spkit.method import training
-from spkit.method.derivation import ascent_loss, ceiling_reached, derive, descent_loss
+from spkit.method.derivation import ascent_loss, derive, descent_loss
 from spkit.method.patch import Factors
 from spkit.method.training import TrainingSet, attach
 from spkit.models.chat import encode_pair

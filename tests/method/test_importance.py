@@ -493,3 +493,37 @@ def test_what_was_saved_in_the_other_way_is_missing(saved, tmp_path):
     (tmp_path / "patches" / "osm.safetensors").unlink()
     with pytest.raises(SpkitError, match="osm.safetensors cannot be read as a patch"):
         saved("sets")
+
+
+# ---- the batches of a calibration
+
+
+def counts(batches):
+    return [len(found["input_ids"]) for found in batches]
+
+
+def test_answers_are_one_batch_where_it_is_small_enough():
+    """`at_most` counts the padded tokens of the whole batch."""
+    calibration = Calibration(PAIRS, config(loss_on="question"), 0)
+    whole = batch(chosen(0))
+    tokens = whole["input_ids"].numel()
+    (one,) = calibration.answers(TOKENIZER, tokens)
+    assert one.keys() == whole.keys() and all(torch.equal(one[k], whole[k]) for k in whole)
+    assert counts(calibration.answers(TOKENIZER, tokens - 1)) == [2, 2, 1]
+    several = calibration.answers(TOKENIZER, tokens - 1)
+    assert_same(several, chosen(0), [2, 2, 1])  # on the answer, though the scores are not
+    asked = calibration.batches(TOKENIZER)
+    assert counts(asked) == [2, 2, 1]
+    expected = batch(chosen(0)[:2], "question")
+    assert torch.equal(asked[0]["labels"], expected["labels"])
+    assert not torch.equal(asked[0]["labels"], several[0]["labels"])
+
+
+def test_a_calibration_cuts_its_pairs_where_it_is_told():
+    longest = max(found["input_ids"].shape[1] for found in batches_of(None))
+    cut = batches_of(longest - 1)
+    assert max(found["input_ids"].shape[1] for found in cut) == longest - 1
+
+
+def batches_of(max_tokens):
+    return Calibration(PAIRS, config(), 0, max_tokens).batches(TOKENIZER)

@@ -1,4 +1,4 @@
-"""The tables of the figures, from histograms, against exact rankings of random scores."""
+"""Where sets are and what they share, by hand; the summary's tables against exact rankings."""
 
 import math
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from spkit.method.overlap import COARSE, FINE, RATES, ImportanceSummary
+from spkit.method.overlap import COARSE, FINE, RATES, ImportanceSummary, overlap, where
 from spkit.method.patching import global_top_rate_sets, top_rate_set
 
 Q, UP = "model.layers.0.self_attn.q_proj.weight", "model.layers.11.mlp.up_proj.weight"
@@ -186,3 +186,79 @@ def test_a_rate_that_reaches_into_the_zeros_takes_no_zeros():
     made = summary({"se": {"a": some}, "osm": {"a": some.flip(0)}})
     row = made.overlap(0.5).iloc[0]
     assert (row["own"], row["other"], row["both"]) == (10, 10, 0)
+
+
+def test_windows_are_taken_in_as_they_pass_and_closed_at_once():
+    """Also after an error, which a notebook keeps and with it the generators."""
+    closed = []
+
+    def walk():
+        try:
+            yield WINDOW
+            yield {"se": {}, "osm": {}}
+        finally:
+            closed.append(True)
+
+    made = ImportanceSummary()
+    seen = made.watch(walk())
+    assert next(seen) is WINDOW and made.weights == SUMMARY.weights
+    assert closed == []
+    seen.close()
+    assert closed == [True]
+    with pytest.raises(KeyError) as caught:
+        next(made.watch(iter_of({"osm": {}}, closed)))
+    assert closed == [True, True] and caught.tb is not None
+
+
+def iter_of(window, closed):
+    try:
+        yield window
+    finally:
+        closed.append(True)
+
+
+# ---- sets that are at hand
+
+
+def mask(text):
+    return torch.tensor([[letter == "1" for letter in row] for row in text.split()])
+
+
+def rows(frame):
+    return [tuple(row) for row in frame.itertuples(index=False)]
+
+
+def test_where_by_hand():
+    up, head = "model.layers.12.mlp.up_proj.weight", "lm_head.weight"
+    se, osm = {up: mask("110 100"), head: mask("0000")}, {up: mask("000 000"), head: mask("1111")}
+    frame = where({"SE": se, "OSM": osm})
+    assert list(frame) == ["set", "tensor", "layer", "module", "n", "k", "share"]
+    assert rows(frame) == [
+        ("SE", up, 12, "up_proj", 6, 3, 0.5),
+        ("SE", head, -1, "lm_head", 4, 0, 0.0),
+        ("OSM", up, 12, "up_proj", 6, 0, 0.0),
+        ("OSM", head, -1, "lm_head", 4, 4, 1.0),
+    ]
+
+
+def test_overlap_by_hand():
+    q, up = "model.layers.0.self_attn.q_proj.weight", "model.layers.3.mlp.up_proj.weight"
+    own, other = {q: mask("1111 0000"), up: mask("100")}, {q: mask("1000 1100"), up: mask("000")}
+    frame = overlap(own, other)
+    named = ["tensor", "layer", "module", "own", "other", "both", "share", "jaccard"]
+    assert list(frame) == named
+    assert rows(frame) == [
+        (q, 0, "q_proj", 4, 3, 1, 1 / 4, 1 / 6),
+        (up, 3, "up_proj", 1, 0, 0, 0.0, 0.0),
+        ("all", -1, "all", 5, 3, 1, 1 / 5, 1 / 7),  # of the sums, no mean of the shares
+    ]
+    swapped = overlap(other, own)
+    assert swapped["share"].tolist() == [1 / 3, 0.0, 1 / 3]
+    assert swapped["jaccard"].tolist() == frame["jaccard"].tolist()
+
+
+def test_overlap_of_empty_sets():
+    nothing = {"a": mask("000"), "b": mask("00")}
+    frame = overlap(nothing, nothing)
+    assert frame["tensor"].tolist() == ["a", "b", "all"]
+    assert frame[["own", "other", "both", "share", "jaccard"]].to_numpy().tolist() == [[0] * 5] * 3

@@ -13,12 +13,10 @@ from hypothesis import given
 
 from spkit.method import patching
 from spkit.method.patching import (
-    add_delta,
-    compose,
     difference_set,
     global_top_rate_sets,
     intersection_set,
-    kept_sets,
+    kept_set,
     merged_delta,
     norm,
     norm_matched,
@@ -28,8 +26,9 @@ from spkit.method.patching import (
     retention_slice,
     squared_norm,
     top_rate_set,
-    vanished,
+    top_rate_sets,
 )
+from spkit.models.deltas import add_delta
 
 KEY = dict(seed=0, patch="se", tensor="model.layers.0.self_attn.q_proj.weight")
 GOLDEN_ROWS = ["0000000100011000", "0010010010010110", "0000100000001011", "1100111001000100"]
@@ -210,65 +209,27 @@ def test_sets_by_hand():
         difference_set(se, osm.float())
 
 
-# S_SE among all: weights 0 1 2 (a = 3/6); S_OSM among all: weights 2 3 (b = 2/6)
-SCORES_SE = {"w": torch.tensor([6.0, 5.0, 4.0, 3.0, 2.0, 1.0])}
-SCORES_OSM = {"w": torch.tensor([1.0, 2.0, 6.0, 5.0, 4.0, 3.0])}
-
-
-def test_kept_sets_rank_all_by_hand():
-    """The paper's order: the sets are of all weights, retention only thins what they leave."""
-    keep_se, keep_osm = kept_sets(
-        SCORES_SE, SCORES_OSM, {"w": mask("101011")}, {"w": mask("010110")}, 0.5, 0.34
+@pytest.mark.parametrize("order", patching.ORDERS)
+def test_kept_set_by_hand(order):
+    """Retention thins what the difference leaves, whatever order the sets were ranked in."""
+    se, osm = torch.tensor([6.0, 5.0, 4.0, 3.0, 2.0, 1.0]), torch.tensor([1.0, 2, 6, 5, 4, 3])
+    held_se, held_osm = mask("101011"), mask("010110")
+    top_se = top_rate_sets({"w": se}, 0.5, {"w": held_se}, order=order)["w"]
+    top_osm = top_rate_sets({"w": osm}, 0.34, {"w": held_osm}, order=order)["w"]
+    among_all = order == "rank_all"
+    assert torch.equal(top_se, mask("111000" if among_all else "101000"))
+    assert torch.equal(top_osm, mask("001100" if among_all else "000100"))
+    # ranked among the retained, 2 stays: OSM's copy of it is not retained
+    assert torch.equal(
+        kept_set(held_se, top_se, top_osm), mask("100000" if among_all else "101000")
     )
-    assert torch.equal(keep_se["w"], mask("100000"))  # {0, 1, 2} less {2, 3}, retained
-    assert torch.equal(keep_osm["w"], mask("000100"))  # {2, 3} less {0, 1, 2}, retained
-
-
-def test_kept_sets_rank_retained_by_hand():
-    """SE ranks 0 2 4 5 and takes two, {0, 2}; OSM ranks 1 3 4 and takes one, {3}."""
-    keep_se, keep_osm = kept_sets(
-        SCORES_SE,
-        SCORES_OSM,
-        {"w": mask("101011")},
-        {"w": mask("010110")},
-        0.5,
-        0.34,
-        order="rank_retained",
-    )
-    assert torch.equal(keep_se["w"], mask("101000"))  # 2 stays: OSM's copy of it is not retained
-    assert torch.equal(keep_osm["w"], mask("000100"))
-
-
-@given(
-    SEEDS, RATES, RATES, RATES, st.sampled_from(patching.ORDERS), st.sampled_from(patching.SCOPES)
-)
-def test_kept_sets_are_disjoint_and_retained(seed, p, a, b, order, scope):
-    shapes = {"u": (4, 6), "v": (3, 5)}
-    total = sum(rows * columns for rows, columns in shapes.values())
-    se = {n: random(s, seed).abs() for n, s in shapes.items()}
-    osm = {n: random(s, seed + 1).abs() for n, s in shapes.items()}
-    held_se, held_osm = (
-        {n: retention_mask(s, p, seed=seed, patch=patch, tensor=n) for n, s in shapes.items()}
-        for patch in ("se", "osm")
-    )
-    keep_se, keep_osm = kept_sets(se, osm, held_se, held_osm, a, b, order=order, scope=scope)
-    for name in shapes:
-        assert not (keep_se[name] & keep_osm[name]).any()
-        assert not (keep_se[name] & ~held_se[name]).any()
-        assert not (keep_osm[name] & ~held_osm[name]).any()
-    assert sum(int(keep.sum()) for keep in keep_se.values()) <= rate_count(a, total)
-    if order == "rank_all" and scope == "matrix":
-        for name in shapes:
-            expected = held_se[name] & top_rate_set(se[name], a) & ~top_rate_set(osm[name], b)
-            assert torch.equal(keep_se[name], expected)
-            expected = held_osm[name] & top_rate_set(osm[name], b) & ~top_rate_set(se[name], a)
-            assert torch.equal(keep_osm[name], expected)
+    assert torch.equal(kept_set(held_osm, top_osm, top_se), mask("000100"))
 
 
 @pytest.mark.parametrize("wrong", [{"order": "retain"}, {"scope": "layer"}])
-def test_kept_sets_name_what_is_allowed(wrong):
+def test_top_rate_sets_name_what_is_allowed(wrong):
     with pytest.raises(ValueError, match="allowed are"):
-        kept_sets({}, {}, {}, {}, 0.1, 0.1, **wrong)
+        top_rate_sets({}, 0.1, {}, **wrong)
 
 
 # ---- strengths
@@ -285,15 +246,20 @@ def test_strengths_by_hand():
     assert rescaled(0.9, 0.0) == 0
 
 
-# ---- composition
+# ---- composition: the merged delta, and theta + delta as models/patched.py adds it
 
 
-def test_compose_by_hand():
+def patched(weight, *parts):
+    """alpha * se + beta * osm on their sets, added to one matrix."""
+    return add_delta(weight, merged_delta(*parts))
+
+
+def test_composition_by_hand():
     weight = torch.tensor([1.0, 1.0, 1.0, -0.0])
     se, osm = torch.tensor([0.5, 9.0, 9.0, 9.0]), torch.tensor([9.0, 0.25, 9.0, 9.0])
-    patched = compose(weight, se, mask("1000"), osm, mask("0100"), 2.0, -4.0)
-    assert patched.tolist() == [2.0, 0.0, 1.0, 0.0]
-    assert torch.signbit(patched[3])
+    made = patched(weight, se, mask("1000"), osm, mask("0100"), 2.0, -4.0)
+    assert made.tolist() == [2.0, 0.0, 1.0, 0.0]
+    assert torch.signbit(made[3])
     assert weight.tolist() == [1.0, 1.0, 1.0, 0.0]  # not written to
 
 
@@ -304,17 +270,17 @@ def test_overlapping_sets_add_up():
 
 
 @given(SHAPES, SEEDS, DTYPES, st.floats(-8, 8), st.floats(-8, 8))
-def test_compose_touches_the_kept_sets_only(shape, seed, dtype, alpha, beta):
+def test_composition_touches_the_kept_sets_only(shape, seed, dtype, alpha, beta):
     weight = random(shape, seed, dtype)
     se, osm = random(shape, seed + 1), random(shape, seed + 2)
     keep_se = random(shape, seed + 3) > 0
     keep_osm = (random(shape, seed + 4) > 0) & ~keep_se
-    patched = compose(weight, se, keep_se, osm, keep_osm, alpha, beta)
-    assert patched.dtype == dtype
+    made = patched(weight, se, keep_se, osm, keep_osm, alpha, beta)
+    assert made.dtype == dtype
     outside = ~(keep_se | keep_osm)
-    assert torch.equal(bits(patched)[outside], bits(weight)[outside])
+    assert torch.equal(bits(made)[outside], bits(weight)[outside])
     expected = (weight.float() + se * torch.tensor(alpha)).to(dtype)
-    assert torch.equal(patched[keep_se], expected[keep_se])
+    assert torch.equal(made[keep_se], expected[keep_se])
 
 
 @given(SEEDS, DTYPES)
@@ -328,17 +294,21 @@ def test_zero_strengths_copy_every_bit(seed, dtype):
     weight[0, 0] = -0.0
     everything = torch.ones(shape, dtype=torch.bool)
     delta = random(shape, seed)
-    patched = compose(weight, delta, everything, -delta, everything, 0.0, 0.0)
-    assert torch.equal(bits(patched), bits(weight))
+    made = patched(weight, delta, everything, -delta, everything, 0.0, 0.0)
+    assert torch.equal(bits(made), bits(weight))
     thrown_away = torch.full(shape, float("inf"))  # not kept: must not turn into NaN
-    patched = compose(weight, thrown_away, ~everything, thrown_away, ~everything, 1.0, 1.0)
-    assert torch.equal(bits(patched), bits(weight))
+    made = patched(weight, thrown_away, ~everything, thrown_away, ~everything, 1.0, 1.0)
+    assert torch.equal(bits(made), bits(weight))
 
 
-def test_vanished_counts_what_rounding_swallows():
+def test_rounding_swallows_small_deltas():
+    """In bf16 the steps near 1 are 2**-7 wide: what is below half of that changes nothing."""
     delta = torch.tensor([2**-9, 2**-7, 0.0, 2**-9])
-    assert vanished(torch.ones(4), delta) == 0
-    assert vanished(torch.ones(4, dtype=torch.bfloat16), delta) == 2  # bf16 near 1: steps of 2**-7
+    lost = [
+        int(((add_delta(weight, delta) == weight) & (delta != 0)).sum())
+        for weight in (torch.ones(4), torch.ones(4, dtype=torch.bfloat16))
+    ]
+    assert lost == [0, 2]
 
 
 def test_composition_refuses_what_is_not_finite_or_does_not_fit():
