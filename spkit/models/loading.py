@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from spkit.errors import SpkitError
+from spkit.models.nf4 import check_nf4
 from spkit.models.weights import guard_nf4
 from spkit.system.out_of_memory import explained
 
@@ -91,6 +92,7 @@ def read_model(
         name = sorted(report["missing_keys"])[0]
         raise SpkitError(f"The checkpoint {source!r} lacks the tensor {name!r}; is it complete?")
     guard_nf4(model)
+    check_nf4(model)
     return model.eval()
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from spkit.errors import SpkitError
+from spkit.models.nf4 import decoded
 
 
 def place(tensor: str) -> dict[str, str | int]:
@@ -70,18 +71,10 @@ def effective_weight(module: nn.Module) -> torch.Tensor:
     active adapter [docs/method.md, section 3]. SpkitError for variants that are no sum (DoRA).
     """
     base = _base(module)
-    weight = base.weight
-    state = getattr(weight, "quant_state", None)
-    if state is None:
-        total = weight.detach().float().clone()
+    if getattr(base.weight, "quant_state", None) is None:
+        total = base.weight.detach().float().clone()
     else:
-        if getattr(state, "packing_format_for_cpu", False):
-            raise SpkitError(
-                "A 4-bit weight was repacked by bitsandbytes; call guard_nf4 right after loading."
-            )
-        from bitsandbytes.functional import dequantize_4bit
-
-        total = dequantize_4bit(weight.data, state).float()
+        total = decoded(base.weight).float()
     if module is base or module.disable_adapters or module.merged:
         return total
     for adapter in module.active_adapters:
