@@ -1,4 +1,4 @@
-"""What docs/method.md and README.md name exists, and the paper's figures stand there as elsewhere.
+"""What the pages name exists, the equations have their code, and the paper's figures agree.
 
 Each check takes a text and returns what is wrong with it, so that it can be seen to fail.
 """
@@ -20,7 +20,10 @@ from spkit.validation import dotted_keys
 
 ROOT = Path(__file__).parents[1]
 METHOD = ROOT / "docs" / "method.md"
-PAGES = [METHOD, ROOT / "docs" / "patch_format.md", ROOT / "README.md"]
+PAGES = [
+    *sorted((ROOT / "docs").glob("*.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "outputs/README.md")),
+]
 SECTIONS = (
     "Derivation",
     "Random retention",
@@ -28,7 +31,7 @@ SECTIONS = (
     "Controllable patching",
     "Continual PSA",
     "Evaluation",
-    "What is the paper's and what is ours",
+    "What the paper prescribes, and what is our choice",
     "Hazards",
     "The paper's figures for LLaMA-2-7B-Chat",
 )
@@ -48,7 +51,7 @@ def text_of(path):
 
 @cache
 def names_in(module):
-    """Functions, classes and their methods ("Patch.delta"), and constants of one file."""
+    """Functions, classes and their methods ("Factors.delta"), and constants of one file."""
     names = set()
     for node in ast.parse(text_of(ROOT / module)).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -58,6 +61,8 @@ def names_in(module):
             names |= {f"{node.name}.{method.name}" for method in methods}
         if isinstance(node, ast.Assign):
             names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        if isinstance(node, ast.AnnAssign):
+            names.add(node.target.id)
     return names
 
 
@@ -74,7 +79,8 @@ def wrong_references(text):
 def wrong_paths(text):
     """Files of the repository, wherever they are named; a pattern must match one."""
     pattern = rf"(?<![\w./-])(?:{'|'.join(FOLDERS)})/[\w./*-]*[\w*]"
-    found = set(re.findall(pattern, text)) - {EXAMPLE}
+    made = re.findall(r'^```python title="(.+)"$', text, re.M)  # by whoever follows the page
+    found = set(re.findall(pattern, text)) - {EXAMPLE, *made}
     return sorted(path for path in found if not any(ROOT.glob(path)))
 
 
@@ -83,8 +89,8 @@ def wrong_keys(text):
     wrong = []
     for token in re.findall(r"[`\"']([A-Za-z_]\w*(?:\.\w+)+)[`\"']", text):
         first, _, rest = token.partition(".")
-        module = f"spkit/{first}.py"
-        code = (ROOT / module).is_file() and rest in names_in(module)
+        files = (ROOT / "spkit").rglob(f"{first}.py")
+        code = any(rest in names_in(file.relative_to(ROOT)) for file in files)
         meant = difflib.get_close_matches(first, Config.model_fields, cutoff=0.8)
         if meant and token not in KEYS and not code and rest not in FILE_TYPES:
             wrong.append(token)
@@ -124,18 +130,19 @@ def test_what_is_named_exists(page):
 
 def test_a_wrong_name_is_found():
     text = """
-    `spkit/method/patching.py: retention_mask`, `spkit/method/patching.py: retention_maks`, `spkit/patch.py: x`,
-    `spkit/method/patch.py: Patch.delta`, `spkit/method/patch.py: Patch.gamma`, `params/*.yaml`,
-    `tests/method/test_patching.py`, `tests/test_ptching.py`, `params/*.yml`, `patching.alpha`,
-    `patching.aleph`, `derivaton.lora.r`, {"evaluation.splits": 1}, `patching.py`, `record.json`,
-    `spkit.running.summary`, `backbone.load`, `backbone.laod`, `params/mine.yaml`,
+    `spkit/method/patching.py: retention_mask`, `spkit/method/patching.py: retention_maks`,
+    `spkit/patch.py: x`, `spkit/method/patch.py: Factors.delta`,
+    `spkit/method/patch.py: Factors.gamma`, `params/*.yaml`, `tests/method/test_patching.py`,
+    `tests/test_ptching.py`, `params/*.yml`, `patching.alpha`, `patching.aleph`,
+    `derivaton.lora.r`, {"evaluation.splits": 1}, `patching.py`, `record.json`,
+    `spkit.running.summary`, `backbone.prepare_backbone`, `backbone.laod`, `params/mine.yaml`,
     [a](method.md), [b](methods.md), [c](#4-hazards), [d](method.md#8-hazards),
     [e](https://arxiv.org/abs/2405.13820), [f](../LICENSE)
     """
     assert wrong_references(text) == [
         "spkit/method/patching.py: retention_maks",
         "spkit/patch.py: x",
-        "spkit/method/patch.py: Patch.gamma",
+        "spkit/method/patch.py: Factors.gamma",
     ]
     assert wrong_paths(text) == ["params/*.yml", "spkit/patch.py", "tests/test_ptching.py"]
     assert wrong_keys(text) == [
@@ -154,7 +161,7 @@ def pinned(line):
     """Whether a line says "Code: ... Test: ...", and the tests name one of the functions."""
     code, _, tests = line.partition("Test: ")
     functions = REFERENCE.findall(code)
-    files = [ROOT / path for path in re.findall(r"tests/\w+\.py", tests)]
+    files = [ROOT / path for path in re.findall(r"tests/[\w/]+\.py", tests)]
     text = "\n".join(text_of(file) for file in files if file.is_file())
     names = (name.rpartition(".")[2] for _, name in functions)
     return code.startswith("Code: ") and any(re.search(rf"\b{name}\b", text) for name in names)
@@ -179,7 +186,7 @@ def test_every_equation_names_its_function_and_the_test_that_pins_it():
 
 
 def test_an_unpinned_equation_is_found():
-    code = "Code: `spkit/method/patching.py: compose`. "
+    code = "Code: `spkit/method/patching.py: merged_delta`. "
     assert unpinned_equations(f"$$a$$\n{code}Test: `tests/method/test_patching.py`.") == []
     for line in (code, f"{code}Test: `tests/models/test_chat.py`.", "Code: none. Test: none."):
         assert unpinned_equations(f"$$a$$\n{line}") == ["$$a$$", line]
@@ -241,7 +248,7 @@ def test_the_table_of_choices_names_every_parameter_of_the_method_once():
     of = (*of, "baselines")
     assert set(named) == {"seed", *(key for key in KEYS if key.partition(".")[0] in of)}
     for row in rows:
-        assert re.search(r"\[(paper|ours)\]", row["mark"]), row
+        assert row["mark"] in ("", "[paper]", "all: [paper]"), row
         assert REFERENCE.search(row["code"]), row
 
 
@@ -302,3 +309,34 @@ def test_published_figures_are_labelled_as_such():
     title, body = sections(text_of(METHOD))[9]
     assert "Published figures of arXiv 2405.13820; none was measured with this kit" in body
     assert "LLaMA-2-7B-Chat" in title
+
+
+# ---- changelog -----------------------------------------------------------------------------------
+
+
+def missing_modules(text):
+    """Modules in the last column of a table "before | now" that do not exist."""
+    named = {name for rows in tables(text) for row in rows for name in modules(row["now"])}
+    return sorted(name for name in named if not is_module(name))
+
+
+def modules(cell):
+    return re.findall(r"`(spkit(?:\.\w+)+)", cell)
+
+
+def is_module(name):
+    path = ROOT.joinpath(*name.split("."))
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def test_what_moved_is_where_the_changelog_says():
+    text = text_of(ROOT / "CHANGELOG.md")
+    assert len(modules(text)) > 40
+    assert missing_modules(text) == []
+
+
+def test_a_wrong_place_in_the_changelog_is_found():
+    table = (
+        "| before | now |\n|---|---|\n| `spkit.a` | `spkit.method.snip`, `spkit.method.snap` |\n"
+    )
+    assert missing_modules(table) == ["spkit.method.snap"]
