@@ -4,9 +4,8 @@ A variant is a method with its settings. Every variant is evaluated on the same 
 on each there are the same number of derivations, on each of these the same number of retention
 masks, and every such run answers the same items (prompts). An outcome is 1 (failure) or 0.
 
-Here are the intervals and paired differences (a hierarchical bootstrap), the area that a method's
-settings dominate (hypervolume), and two measures of continual learning. What counts as a failure
-is the caller's choice; nothing here runs a model, reads a file or draws a figure.
+Here are the intervals and paired differences: a hierarchical bootstrap. What counts as a failure is
+the caller's choice. The same draws give the intervals of hypervolumes (fronts.py).
 
 What the intervals claim. A resampled experiment has other backbones, derivations, masks and items.
 Two biases are known. With few backbones a percentile interval is too narrow: for five it is about
@@ -161,14 +160,11 @@ def resample(
     items: int,
     draws: int = 2000,
     seed: int = 0,
-    *,
-    backbones_fixed: bool = False,
 ) -> Resampling:
     """The hierarchical bootstrap: a backbone for each of B slots, with replacement; in each slot
     D of that backbone's derivations; for each of these M of its masks; and, crossed, I items.
 
-    Items are drawn once for all the runs of a draw: answers to one prompt stay together. With
-    backbones_fixed every backbone occurs once, and an interval holds for these very backbones.
+    Items are drawn once for all the runs of a draw: answers to one prompt stay together.
     The same arguments give the same draws, and the runs do not depend on the number of items.
     SpkitError for a count below 1. Few derivations or masks are as narrow a base as few backbones;
     the head of this file says what that does. The smallest p of paired() is 2 / (draws + 1), and
@@ -181,10 +177,8 @@ def resample(
     rng = _generator(seed, 0)
     once = np.ones((draws, backbones), dtype=np.int64)
     within = _draw_runs(rng, once, derivations, masks)
-    runs = within
-    if not backbones_fixed:
-        slots = rng.multinomial(backbones, _even(backbones), size=draws)
-        runs = _draw_runs(rng, slots, derivations, masks)
+    slots = rng.multinomial(backbones, _even(backbones), size=draws)
+    runs = _draw_runs(rng, slots, derivations, masks)
     return Resampling(runs, _draw_items(draws, items, seed, 0), within, seed)
 
 
@@ -267,14 +261,14 @@ def interval(draws: np.ndarray, confidence: float = 0.95) -> tuple[np.ndarray, n
     return low, high
 
 
-def _p_value(differences: np.ndarray) -> np.ndarray:
+def p_value(differences: np.ndarray) -> np.ndarray:
     """Two-sided: twice the smaller tail beyond 0 over the first axis, ties in both, at most 1."""
     below = (differences <= TIE).sum(axis=0)
     above = (differences >= -TIE).sum(axis=0)
     return np.minimum(1, 2 * (1 + np.minimum(below, above)) / (1 + len(differences)))
 
 
-def _holm(p: np.ndarray) -> np.ndarray:
+def holm(p: np.ndarray) -> np.ndarray:
     """Holm's correction, as statsmodels' multipletests, which collects all garbage in every call.
 
     The smallest of n values counts n times, the next n - 1 times; none less than a smaller one.
@@ -325,7 +319,7 @@ def paired(
     drawn = rates(outcomes, resampling)
     gaps = drawn[:, others] - drawn[:, [at]]
     low, high = interval(gaps, confidence)
-    p = _p_value(gaps)
+    p = p_value(gaps)
 
     within = _rates_within(outcomes, resampling)
     low_each, high_each = interval(within[..., others] - within[..., [at]], confidence)
@@ -338,7 +332,7 @@ def paired(
             "low": 100 * low,
             "high": 100 * high,
             "p": p,
-            "p_holm": _holm(p),
+            "p_holm": holm(p),
             "backbones_below": (high_each < 0).sum(axis=0),
             "backbones_above": (low_each > 0).sum(axis=0),
             "backbones": len(outcomes.backbones),
@@ -374,9 +368,3 @@ def per_backbone(
     ]
     columns = "variant backbone rate reference_rate difference low high".split()
     return pd.DataFrame(rows, columns=columns)
-
-
-# --- hypervolume ------------------------------------------------------------------------------
-
-
-# --- continual learning -----------------------------------------------------------------------

@@ -24,7 +24,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import pandas as pd
@@ -60,7 +60,7 @@ from spkit.system.resume import discard
 PATCH = "patch.safetensors"
 
 
-# method -> (its label, the entry of baselines.METHODS)
+# method -> (its label, the entry of comparison.methods.METHODS)
 METHODS = {
     "safepatching": (SAFEPATCHING, SAFEPATCHING),
     "ga": ("GA", "GA"),
@@ -126,24 +126,30 @@ def _patching(config: Config, name: str, setting: dict[str, float]) -> PatchingC
 class Stages:
     """The stages of a run, one method after the other.
 
-    backbone: the first model's folder. folder: where `<method>/stage-<k>` go. prompts: asked after
-    every stage. identity: what the run is made from. saved: called after each stage.
+    source: the first model, a folder or a hub id. folder: where `<method>/stage-<k>` go. prompts:
+    asked after every stage. identity: what the run is made from. saved: called after each stage.
     """
 
-    backbone: Path
+    source: str | Path
     config: Config
     folder: Path
     prompts: Sequence[EvalPrompt]
     identity: str
     saved: Callable[[], object] = lambda: None
 
+    @cached_property
+    def backbone(self) -> Path:
+        """Its folder, where a stage needs it: a complete run asks for no model."""
+        return local_folder(self.source, self.config.backbone.revision)
+
     def run(self, method: str) -> Iterator[pd.DataFrame]:
         """The responses after every stage, with a column `stage`; finished stages are read."""
         stages = self.config.continual.stages
         folders = [self.folder / method / f"stage-{k}" for k in range(1, len(stages) + 1)]
         done = _complete(folders, self.identity)
+        first = None if done else self.backbone
         last = folders[done - 1] / "model" if done else None
-        models = run_stages(self.backbone, stages, partial(self.step, method), done, last)
+        models = run_stages(first, stages, partial(self.step, method), done, last)
         for k, here in enumerate(folders, start=1):
             if k > done:
                 next(models)
@@ -250,8 +256,7 @@ def run_methods(
     The answers are not judged here: a judge may need the device for itself. Stages that are in
     `folder` with the same identity are read and not repeated.
     """
-    backbone = local_folder(source, config.backbone.revision)
-    stages = Stages(backbone, config, Path(folder), prompts, identity, saved)
+    stages = Stages(source, config, Path(folder), prompts, identity, saved)
     frames = [frame for method in config.continual.methods for frame in stages.run(method)]
     return pd.concat(frames, ignore_index=True)
 

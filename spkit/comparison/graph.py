@@ -2,13 +2,15 @@
 
 A unit's folder is `<root>/<name>-<digest>`; the digest names all that decides what is in it: the
 unit's inputs, the code that it runs, and the digests of the units that it needs. So an interrupted
-experiment goes on where it was cut, and after a change exactly the units that it touches are run
-again. What is in the folders, and why, is not known here.
+experiment resumes where it was cut, and after a change exactly the units that it touches are run
+again. The code of a unit is the module of its function, with all that this imports
+(system/made_from.py).
 """
 
 import hashlib
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -21,9 +23,8 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from spkit.errors import SpkitError
-from spkit.system.files import atomic, source_files
-
-PACKAGE = Path(__file__).parents[1]
+from spkit.system.files import atomic
+from spkit.system.made_from import code
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,20 @@ class Unit:
 
     name: unique, with slashes as folders. work(folder, places, **inputs) fills the folder; places
     is {name of a needed unit: its folder}. inputs: what decides the result, picklable, with a
-    stable repr. needs: names of units. code: globs of modules of spkit that the result depends on.
-    seconds: how long it is likely to take, for the prediction and the progress bar.
+    stable repr. needs: names of units. seconds: how long it is likely to take, for the prediction
+    and the progress bar.
     """
 
     name: str
     work: Callable[..., None]
     inputs: Mapping[str, Any] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
-    code: tuple[str, ...] = ()
     seconds: float = 1.0
+
+
+def slug(name: str) -> str:
+    """A name as a folder: lower case, words joined by hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def places(units: Iterable[Unit], root: str | Path) -> dict[str, Path]:
@@ -56,7 +61,7 @@ def places(units: Iterable[Unit], root: str | Path) -> dict[str, Path]:
         made_from = {
             "inputs": {key: repr(value) for key, value in unit.inputs.items()},
             "needs": [digests[need] for need in unit.needs],
-            "code": _code(unit.code),
+            "code": code([unit.work.__module__]),
         }
         text = json.dumps([unit.name, unit.work.__qualname__, made_from], sort_keys=True)
         digests[unit.name] = hashlib.sha256(text.encode()).hexdigest()
@@ -142,10 +147,3 @@ def _do(unit: Unit, folder: Path, needed: dict[str, Path]) -> None:
         seconds = round(time.perf_counter() - started, 2)
         about = {"unit": unit.name, "seconds": seconds, "predicted": unit.seconds}
         (temporary / "unit.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-
-
-def _code(globs: tuple[str, ...]) -> dict[str, str]:
-    return {
-        path.relative_to(PACKAGE).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in source_files(PACKAGE, globs)
-    }

@@ -1,178 +1,236 @@
 """The plan of the experiment: which units there are at one budget, and what each needs.
 
-Read from top to bottom it is the experiment: backbones, bundles, tuning on dev, answers on test,
-then sweeps, sizes, costs and continual stages. Nothing is run here (graph.py).
+`plan` is the experiment in short: backbones, bundles, tuning on dev, answers on test, then sweeps,
+sizes, costs and continual stages. Nothing is run here (graph.py).
 """
 
 import itertools
-import re
 from typing import Any
 
-from spkit.comparison import steps
 from spkit.comparison.ablations import ABLATIONS
 from spkit.comparison.budget import Budget
 from spkit.comparison.continual import METHODS as CONTINUAL_METHODS
-from spkit.comparison.graph import Unit
+from spkit.comparison.graph import Unit, slug
 from spkit.comparison.methods import METHODS
+from spkit.comparison.steps.answer import answer
+from spkit.comparison.steps.backbone import backbone
+from spkit.comparison.steps.bundle import bundle
+from spkit.comparison.steps.continual import continual
+from spkit.comparison.steps.cost import cost
+from spkit.comparison.steps.shared import Site
+from spkit.comparison.steps.size import size
+from spkit.comparison.steps.sweep import sweep
+from spkit.comparison.steps.tune import tune
+from spkit.comparison.sweeps import BUNDLES, RESCORED, SWEEPS
 from spkit.comparison.variants import OTHER_IMPORTANCE, USUAL
 from spkit.config import Config
 from spkit.method.safepatching import NAME as SAFEPATCHING
 
 DERIVATION_SEEDS = 1000  # backbone seed + 1000 * derivation: none is drawn twice
-SWEEP_MASKS = 2
-# bundles that differ from the usual one in a parameter: name -> overrides
-RANKS = (2, 4, 16, 32)
-PAIRS = (24, 48, 96, 384)
-SAMPLES = (4, 16, 128)
-BUNDLES = {
-    **{f"rank-{r}": {"derivation.lora.r": r, "derivation.lora.alpha": 2.0 * r} for r in RANKS},
-    **{f"pairs-{n}": {"data.pairs": n} for n in PAIRS},
-}
-RESCORED = {
-    "snip-backbone": {"importance.scored_model": "backbone"},
-    "snip-question": {"importance.loss_on": "question"},
-    **{f"samples-{n}": {"importance.samples": n} for n in SAMPLES},
-}
-RATES = (0.02, 0.06, 0.2, 0.4, 0.8)  # a and b: nearly two orders of magnitude
-STRENGTH_FACTORS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)  # of the chosen alpha and beta
-RETENTION_RATES = (0.05, 0.1, 0.3, 0.6, 0.9, 1.0)
-
-_MODEL = ("backbone.py", "chat.py", "data.py", "examples.py", "sandbox/*.py")
-_DERIVE = (*_MODEL, "derivation.py", "importance.py", "scoring.py", "baselines/*.py")
-_COMBINE = (*_DERIVE, "patching.py", "ablations.py", "balancing.py", "evaluation.py")
-_STUDY = (*_COMBINE, "experiment/steps.py", "experiment/arena.py", "experiment/variants.py")
-_TUNE = (*_STUDY, "experiment/tuning.py")
-_CONTINUAL = (*_STUDY, "continual.py")
-_COST = (*_STUDY, "experiment/cost.py")
-
-# seconds on the reference machine (README): for the prediction alone
-_TRAIN, _DERIVE_ALL, _RESCORE, _ANSWER, _LOAD = 250.0, 40.0, 4.0, 2.0, 4.0
+# seconds on the machine where this was timed: for the prediction alone
+_TRAIN, _DERIVE, _RESCORE, _ANSWER, _LOAD, _COST = 250.0, 40.0, 4.0, 2.0, 4.0, 35.0
 
 
 def plan(config: Config, budget: Budget) -> list[Unit]:
     """All units, each after those that it needs."""
     usual = Config()  # where results lie, and which are shown, is no reason to repeat a unit
     config = config.model_copy(update={"outputs": usual.outputs, "comparison": usual.comparison})
-    units: list[Unit] = []
-    seeds = range(budget.backbones)
+    made = Planner(config, budget)
+    made.tuning()
+    made.answers()
+    made.sweeps()
+    made.sizes()
+    made.costs()
+    made.continual()
+    return list(made.units.values())
 
-    def add(name: str, work, code, needs=(), seconds=1.0, **inputs: Any) -> str:
-        units.append(Unit(name, work, inputs, tuple(needs), code, seconds))
+
+class Planner:
+    """The units so far, by name. Backbones and bundles are added when a unit first needs them."""
+
+    def __init__(self, config: Config, budget: Budget):
+        self.config, self.budget = config, budget
+        self.units: dict[str, Unit] = {}
+        self.tuned: dict[str, str] = {}  # method -> the unit that tunes it
+
+    def add(self, name: str, work, needs=(), seconds: float = 1.0, **inputs: Any) -> str:
+        self.units[name] = Unit(name, work, inputs, tuple(dict.fromkeys(needs)), seconds)
         return name
 
-    def sized(size: str, seed: int) -> Config:
-        of_size = budget.sizes.get(size, {})
-        return changed(config, seed=seed, **{f"sandbox.{k}": v for k, v in of_size.items()})
+    # ---- what the others stand on
 
-    def backbone(size: str, seed: int) -> str:
+    def sized(self, size: str, seed: int) -> Config:
+        """The parameters for one size of the backbone and one seed."""
+        of_size = self.budget.sizes.get(size, {})
+        return changed(self.config, seed=seed, **{f"sandbox.{k}": v for k, v in of_size.items()})
+
+    def backbone(self, size: str, seed: int) -> str:
         name = f"backbones/{slug(size)}/seed-{seed}"
-        if all(unit.name != name for unit in units):
-            made = sized(size, seed)
-            share = _weights(made) / _weights(config)
-            add(name, steps.backbone, _MODEL, seconds=_TRAIN * share, config=made)
+        if name not in self.units:
+            made = self.sized(size, seed)
+            seconds = _TRAIN * _weights(made) / _weights(self.config)
+            self.add(name, backbone, seconds=seconds, config=made)
         return name
 
-    def bundle(size: str, seed: int, derivation: int = 0, kind: str = USUAL) -> str:
+    def bundle(self, size: str, seed: int, derivation: int = 0, kind: str = USUAL) -> str:
         name = f"bundles/{slug(size)}/seed-{seed}-derivation-{derivation}/{kind}"
-        if all(unit.name != name for unit in units):
-            needs = [backbone(size, seed)]
-            rescore = bundle(size, seed, derivation) if kind in RESCORED else None
-            made = changed(config, seed=seed, **BUNDLES.get(kind, RESCORED.get(kind, {})))
+        if name not in self.units:
+            needs = [self.backbone(size, seed)]
+            rescore = self.bundle(size, seed, derivation) if kind in RESCORED else None
             patches = ("se", "osm", "npo") if kind == USUAL else ("se", "osm")
-            seconds = _RESCORE if rescore else _DERIVE_ALL * len(patches) / 3
-            add(
-                name, steps.bundle, _DERIVE, [*needs, *([rescore] if rescore else [])], seconds,
-                config=made, seed=derivation_seed(seed, derivation), patches=patches,
+            self.add(
+                name,
+                bundle,
+                [*needs, rescore] if rescore else needs,
+                _RESCORE if rescore else _DERIVE * len(patches) / 3,
+                config=changed(self.config, seed=seed, **(BUNDLES | RESCORED).get(kind, {})),
+                seed=derivation_seed(seed, derivation),
+                patches=patches,
                 rescore=rescore,
-            )  # fmt: skip
+            )
         return name
 
-    # ---- the main comparison: backbones, bundles, tuning on dev, answers on test
-    models = [backbone(USUAL, seed) for seed in seeds]
-    firsts = [bundle(USUAL, seed) for seed in seeds]
-    tuned = {}
-    for name in METHODS:
-        tuned[name] = add(
-            f"tuning/{slug(name)}", steps.tune, _TUNE, [*models, *firsts],
-            seconds=_LOAD + budget.trials * budget.backbones * (2.0 if "balanced" in name else 0.8),
-            configs=[changed(config, seed=seed) for seed in seeds],
-            pairs_of_places=list(zip(models, firsts, strict=True)), seeds=list(seeds), method=name,
-            trials=budget.trials, per_cell=budget.tune_cell, fronts=budget.fronts,
-        )  # fmt: skip
+    def site(self, split: str, per_cell: int, seed: int, derivation=0, kinds=(USUAL,)) -> Site:
+        """The usual backbone of one seed, with bundles of these kinds."""
+        return Site(
+            changed(self.config, seed=seed),
+            self.backbone(USUAL, seed),
+            split,
+            per_cell,
+            derivation_seed(seed, derivation),
+            {kind: self.bundle(USUAL, seed, derivation, kind) for kind in kinds},
+        )
 
-    def answers(seed: int, derivation: int, mask: int, part: str, count: int) -> None:
-        kinds = [USUAL, *(OTHER_IMPORTANCE.values() if part == "ablations" else ())]
-        sources = {kind: bundle(USUAL, seed, derivation, kind) for kind in kinds}
-        used = {SAFEPATCHING: tuned[SAFEPATCHING]} if part == "ablations" else tuned
-        add(
-            f"answers/seed-{seed}-derivation-{derivation}-mask-{mask}/{part}", steps.answer, _TUNE,
-            [backbone(USUAL, seed), *sources.values(), *used.values()], _LOAD + count * _ANSWER,
-            config=changed(config, seed=seed), backbone_unit=backbone(USUAL, seed),
-            bundle_units=sources, tuned=used, seed=derivation_seed(seed, derivation),
-            derivation=derivation, mask=mask, part=part, per_cell=budget.test_cell,
-            only_masks=mask > 0,
-        )  # fmt: skip
+    # ---- the main comparison
 
-    masked = sum(method.masks for method in METHODS.values())
-    for seed, derivation in itertools.product(seeds, range(budget.derivations)):
-        for mask in range(budget.masks):
-            count = 2 * (masked if mask else len(METHODS))
-            answers(seed, derivation, mask, "methods", count)
-            count = len(OTHER_IMPORTANCE) + sum(
-                one.masked or not mask for one in ABLATIONS.values()
+    def tuning(self) -> None:
+        """Every method on the dev pool of all backbones at once."""
+        budget = self.budget
+        sites = [self.site("dev", budget.tune_cell, seed) for seed in range(budget.backbones)]
+        for name in METHODS:
+            a_trial = 2.0 if "balanced" in name else 0.8  # balancing asks the backbone, too
+            self.tuned[name] = self.add(
+                f"tuning/{slug(name)}",
+                tune,
+                [*(site.backbone for site in sites), *(site.bundles[USUAL] for site in sites)],
+                _LOAD + budget.trials * budget.backbones * a_trial,
+                sites=sites,
+                method=name,
+                trials=budget.trials,
+                fronts=budget.fronts,
             )
-            answers(seed, derivation, mask, "ablations", count)
-    for seed in seeds:
-        answers(seed, 0, 0, "fronts", 2 * len(METHODS) * budget.fronts)
 
-    # ---- sweeps of SafePatching on dev
-    for seed, (name, points) in itertools.product(range(budget.sweep_seeds), SWEEPS.items()):
-        sources = {kind: bundle(USUAL, seed, 0, kind) for _, kind in points}
-        add(
-            f"sweeps/{name}/seed-{seed}", steps.sweep, _TUNE,
-            [backbone(USUAL, seed), tuned[SAFEPATCHING], *dict.fromkeys(sources.values())],
-            seconds=_LOAD + len(points) * SWEEP_MASKS * 0.8,
-            config=changed(config, seed=seed), backbone_unit=backbone(USUAL, seed),
-            tuned=tuned[SAFEPATCHING], seed=derivation_seed(seed, 0), label=name,
-            points=[(values, sources[kind]) for values, kind in points], masks=SWEEP_MASKS,
-            per_cell=budget.sweep_cell,
-        )  # fmt: skip
+    def answers(self) -> None:
+        """Methods, ablations and fronts on the test pool: backbones x derivations x masks."""
+        budget = self.budget
+        masked = sum(method.masks for method in METHODS.values())
+        for seed, derivation in itertools.product(
+            range(budget.backbones), range(budget.derivations)
+        ):
+            for mask in range(budget.masks):
+                variants = 2 * (masked if mask else len(METHODS))
+                self._answer(seed, (derivation, mask), "methods", variants)
+                ablated = sum(one.masked or not mask for one in ABLATIONS.values())
+                self._answer(seed, (derivation, mask), "ablations", ablated + len(OTHER_IMPORTANCE))
+        for seed in range(budget.backbones):
+            self._answer(seed, (0, 0), "fronts", 2 * len(METHODS) * budget.fronts)
 
-    # ---- other sizes of the backbone, with the settings of the usual one
-    for seed, label in itertools.product(range(budget.size_seeds), [USUAL, *budget.sizes]):
-        add(
-            f"sizes/{slug(label)}/seed-{seed}", steps.size, _TUNE,
-            [backbone(label, seed), bundle(label, seed), *tuned.values()],
-            seconds=_LOAD + (1 + len(METHODS)) * _ANSWER,
-            config=sized(label, seed),
-            backbone_unit=backbone(label, seed), bundle_unit=bundle(label, seed), tuned=tuned,
-            label=label, seed=derivation_seed(seed, 0), per_cell=budget.test_cell,
-        )  # fmt: skip
+    def _answer(self, seed: int, draw: tuple[int, int], part: str, variants: int) -> None:
+        derivation, mask = draw
+        kinds = [USUAL, *(OTHER_IMPORTANCE.values() if part == "ablations" else ())]
+        site = self.site("test", self.budget.test_cell, seed, derivation, kinds)
+        tuned = self.tuned
+        if part == "ablations":
+            tuned = {SAFEPATCHING: tuned[SAFEPATCHING]}
+        self.add(
+            f"answers/seed-{seed}-derivation-{derivation}-mask-{mask}/{part}",
+            answer,
+            [site.backbone, *site.bundles.values(), *tuned.values()],
+            _LOAD + variants * _ANSWER,
+            site=site,
+            tuned=dict(tuned),
+            part=part,
+            draw=draw,
+        )
 
-    # ---- seconds and memory
-    for name in list(METHODS)[: budget.costs]:
-        add(
-            f"costs/{slug(name)}", steps.cost, _COST, [models[0], tuned[name]], seconds=35.0,
-            config=config, backbone_unit=models[0], tuned=tuned[name], method=name,
-        )  # fmt: skip
+    # ---- the rest
 
-    # ---- continual stages, order after order, so that the first orders are there early
-    stages = config.continual.stages
-    orders = list(itertools.permutations(range(len(stages))))
-    orders = [orders[0], orders[-1], *orders[1:-1]][: budget.orders]  # as given, then reversed
-    for (number, order), seed, method in itertools.product(
-        enumerate(orders), range(budget.continual_seeds), CONTINUAL_METHODS
-    ):
-        unit = tuned[CONTINUAL_METHODS[method][1]]
-        over = {"stages": [stages[i] for i in order], "methods": [method]}
-        add(
-            f"continual/{method}/order-{number}-seed-{seed}", steps.continual, _CONTINUAL,
-            [backbone(USUAL, seed), unit], _LOAD + len(stages) * (0.6 * _DERIVE_ALL + _ANSWER),
-            config=changed(config, seed=seed, **{f"continual.{k}": v for k, v in over.items()}),
-            backbone_unit=backbone(USUAL, seed), tuned=unit, order=number,
-            per_cell=budget.test_cell,
-        )  # fmt: skip
-    return units
+    def sweeps(self) -> None:
+        """SafePatching on the dev pool."""
+        for seed, what in itertools.product(range(self.budget.sweep_seeds), SWEEPS):
+            kinds = dict.fromkeys(kind for _, kind in what.points)
+            site = self.site("dev", self.budget.sweep_cell, seed, kinds=kinds)
+            unit = self.tuned[SAFEPATCHING]
+            self.add(
+                f"sweeps/{what.label}/seed-{seed}",
+                sweep,
+                [site.backbone, unit, *site.bundles.values()],
+                _LOAD + len(what.points) * what.masks * 0.8,
+                site=site,
+                tuned=unit,
+                what=what,
+            )
+
+    def sizes(self) -> None:
+        """Other sizes of the backbone, with the settings of the usual one."""
+        sizes = [USUAL, *self.budget.sizes]
+        for seed, label in itertools.product(range(self.budget.size_seeds), sizes):
+            site = Site(
+                self.sized(label, seed),
+                self.backbone(label, seed),
+                "test",
+                self.budget.test_cell,
+                derivation_seed(seed, 0),
+                {USUAL: self.bundle(label, seed)},
+            )
+            self.add(
+                f"sizes/{slug(label)}/seed-{seed}",
+                size,
+                [site.backbone, *site.bundles.values(), *self.tuned.values()],
+                _LOAD + (1 + len(METHODS)) * _ANSWER,
+                site=site,
+                tuned=dict(self.tuned),
+                label=label,
+            )
+
+    def costs(self) -> None:
+        """Seconds and memory of the first so many methods."""
+        for name in list(METHODS)[: self.budget.costs]:
+            site = Site(self.config, self.backbone(USUAL, 0), "test", 1)
+            needs = [site.backbone, self.tuned[name]]
+            self.add(
+                f"costs/{slug(name)}",
+                cost,
+                needs,
+                _COST,
+                site=site,
+                tuned=self.tuned[name],
+                method=name,
+            )
+
+    def continual(self) -> None:
+        """Every method on every order of the stages, so that the first orders are there early."""
+        stages, budget = self.config.continual.stages, self.budget
+        orders = list(itertools.permutations(range(len(stages))))
+        orders = [orders[0], orders[-1], *orders[1:-1]][: budget.orders]  # as given, then reversed
+        for (number, order), seed, method in itertools.product(
+            enumerate(orders), range(budget.continual_seeds), CONTINUAL_METHODS
+        ):
+            over = {"stages": [stages[i] for i in order], "methods": [method]}
+            config = changed(
+                self.config, seed=seed, **{f"continual.{k}": v for k, v in over.items()}
+            )
+            site = Site(config, self.backbone(USUAL, seed), "test", budget.test_cell)
+            unit = self.tuned[CONTINUAL_METHODS[method][1]]
+            self.add(
+                f"continual/{method}/order-{number}-seed-{seed}",
+                continual,
+                [site.backbone, unit],
+                _LOAD + len(stages) * (0.6 * _DERIVE + _ANSWER),
+                site=site,
+                tuned=unit,
+                order=number,
+            )
 
 
 def changed(config: Config, **overrides: Any) -> Config:
@@ -185,31 +243,6 @@ def derivation_seed(backbone_seed: int, derivation: int) -> int:
     return backbone_seed + DERIVATION_SEEDS * derivation
 
 
-def slug(name: str) -> str:
-    """A name as a folder: lower case, words joined by hyphens."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
 def _weights(config: Config) -> int:
     made = config.sandbox
     return made.layers * made.hidden_size * (4 * made.hidden_size + 3 * made.intermediate_size)
-
-
-# name -> [(values, kind of bundle)]; factors are turned into values by steps.sweep
-SWEEPS: dict[str, list[tuple[dict[str, float], str]]] = {
-    "retention": [({"retention_rate": p}, USUAL) for p in RETENTION_RATES],
-    "top-rates": [
-        ({"top_rate_se": a, "top_rate_osm": b}, USUAL) for a, b in itertools.product(RATES, RATES)
-    ],
-    "strengths": [
-        ({"alpha_factor": x, "beta_factor": y}, USUAL)
-        for x, y in itertools.product(STRENGTH_FACTORS, STRENGTH_FACTORS)
-    ],
-    "rank": [({"rank": float(r)}, f"rank-{r}" if r in RANKS else USUAL) for r in (2, 4, 8, 16, 32)],
-    "pairs": [
-        ({"pairs": float(n)}, f"pairs-{n}" if n in PAIRS else USUAL) for n in (24, 48, 96, 192, 384)
-    ],
-    "samples": [
-        ({"samples": float(n)}, f"samples-{n}" if n in SAMPLES else USUAL) for n in (4, 16, 64, 128)
-    ],
-}

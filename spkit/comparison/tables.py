@@ -1,8 +1,8 @@
 """From the units' files to the tables of the report: one CSV each, tidy, with n and intervals.
 
 Every table is a function of the units' files; `write` makes them all. Rates and differences are in
-percent. The statistics are those of spkit/comparison/bootstrap.py: hierarchical bootstrap over backbones,
-derivations, masks and prompts, paired differences, Holm's correction.
+percent. The statistics are bootstrap.py's: a hierarchical bootstrap over backbones, derivations,
+masks and prompts, paired differences, Holm's correction.
 """
 
 import json
@@ -15,7 +15,8 @@ import pandas as pd
 from spkit.comparison.arena import SCORES, UTILITY_FAILURES, failures, shares
 from spkit.comparison.bootstrap import Outcomes, paired, per_backbone, resample, summary
 from spkit.comparison.forgetting import forgetting, intransigence
-from spkit.comparison.hypervolume import paired_hypervolumes
+from spkit.comparison.fronts import Failures, paired_hypervolumes
+from spkit.comparison.graph import slug
 from spkit.comparison.methods import METHODS
 from spkit.comparison.variants import BASE
 from spkit.errors import SpkitError
@@ -100,10 +101,8 @@ class Tables:
             for index, label in enumerate(harm.variants):
                 settings.setdefault(label.partition(" #")[0], []).append(index)
             frame = paired_hypervolumes(
-                harm,
-                refusal,
-                draws,
-                draws.with_items(len(refusal.items)),
+                Failures(harm, draws),
+                Failures(refusal, draws.with_items(len(refusal.items))),
                 settings,
                 SAFEPATCHING,
                 confidence=self.confidence,
@@ -252,8 +251,6 @@ class Tables:
         return found
 
     def _place(self, kind: str, method: str) -> Path:
-        from spkit.comparison.plan import slug
-
         return self.places[f"{kind}/{slug(method)}"]
 
     def _answers(self, part: str) -> pd.DataFrame:

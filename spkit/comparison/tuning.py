@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 import pandas as pd
 
 from spkit.comparison.arena import SCORES, failures
+from spkit.comparison.hypervolume import hypervolume
 
 ENOUGH = 0.8  # a rate that has fallen to this share of base's is safely below it
 FREE_UTILITY_LOSS = 1.0  # percentage points
@@ -120,8 +121,6 @@ def front(trials: pd.DataFrame, count: int, base_lost: float) -> list[dict[str, 
     are taken, one after another, that add most to the dominated area [0, 100]^2, so every method
     shows its best at equal numbers.
     """
-    from spkit.comparison.hypervolume import hypervolume
-
     usable = trials[trials["utility lost"] <= base_lost + 2.0].drop_duplicates("setting")
     points = [
         ((row["seen"] + row["unseen"]) / 200, row["refusal"] / 100, row["setting"])

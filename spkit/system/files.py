@@ -7,7 +7,7 @@ knows nothing of stages (`runs.py`) or of what is written.
 import errno
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -64,12 +64,6 @@ def save_csv(path: str | Path, frame) -> Path:
     with atomic(path) as temporary:
         frame.to_csv(temporary, index=False, lineterminator="\n", encoding="utf-8")
     return Path(path)
-
-
-def source_files(package: Path, globs: Iterable[str]) -> list[Path]:
-    """The files of a package that any of the globs matches, sorted; compiled ones left out."""
-    found = {path for glob in globs for path in package.glob(glob) if path.is_file()}
-    return sorted(path for path in found if "__pycache__" not in path.parts)
 
 
 def make_folder(path: str | Path) -> Path:

@@ -1,6 +1,7 @@
 """Outcomes from frames, the hierarchical bootstrap, paired tables, areas, forgetting: by hand."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,8 @@ from spkit.comparison.bootstrap import (
     summary,
 )
 from spkit.comparison.forgetting import forgetting, intransigence
-from spkit.comparison.hypervolume import hypervolume, hypervolumes, paired_hypervolumes
+from spkit.comparison.fronts import Failures, paired_hypervolumes
+from spkit.comparison.hypervolume import hypervolume, hypervolumes
 from spkit.errors import SpkitError
 
 
@@ -32,6 +34,11 @@ def outcomes(values):
 def on_items(*failures):
     """One run a variant: who fails on which item."""
     return outcomes(np.array(failures)[:, None, None, None, :])
+
+
+def with_every_backbone(drawn):
+    """The same draws, but every backbone occurs once in each."""
+    return replace(drawn, runs=drawn.within)
 
 
 def by_hand(items, runs=1):
@@ -145,7 +152,7 @@ def test_counts_add_up_on_every_level():
     assert (slots % 6 == 0).all() and set(np.unique(slots)) >= {0, 6, 12}
     assert (drawn.runs.sum(axis=3) % 2 == 0).all() and (drawn.runs % 2 == 1).any()
     assert (drawn.within.sum(axis=(2, 3)) == 6).all()
-    fixed = resample(5, 3, 2, 7, draws=400, backbones_fixed=True)
+    fixed = with_every_backbone(resample(5, 3, 2, 7, draws=400))
     assert (fixed.runs.sum(axis=(2, 3)) == 6).all() and fixed.runs.std() > 0
 
 
@@ -235,7 +242,7 @@ def test_variance_between_backbones_is_wider_than_a_binomial():
     assert table.loc[0, ["mean", "low", "high"]].tolist() == pytest.approx([40, 0, 80])
     naive = 2 * 1.96 * 100 * math.sqrt(0.4 * 0.6 / 1000)
     assert table.loc[0, "high"] - table.loc[0, "low"] > 10 * naive
-    fixed = summary(outcomes(values), resample(5, 2, 2, 50, backbones_fixed=True))
+    fixed = summary(outcomes(values), with_every_backbone(resample(5, 2, 2, 50)))
     assert fixed.loc[0, ["low", "high"]].tolist() == pytest.approx([40, 40])
 
 
@@ -297,7 +304,7 @@ def test_on_how_many_backbones_the_difference_holds(better_on_one):
     assert table.loc["v2", ["difference", "low", "high"]].tolist() == [50, 0, 100]
     counts = table[["backbones_below", "backbones_above", "backbones"]]
     assert counts.loc["v1"].tolist() == [1, 0, 2] and counts.loc["v2"].tolist() == [0, 1, 2]
-    fixed = paired(better_on_one, resample(2, 2, 1, 4, draws=99, backbones_fixed=True), "v0")
+    fixed = paired(better_on_one, with_every_backbone(resample(2, 2, 1, 4, draws=99)), "v0")
     assert fixed.loc[0, ["difference", "low", "high"]].tolist() == [-50, -50, -50]
     assert list(fixed["p"]) == pytest.approx([0.02, 0.02])
     assert list(fixed["p_holm"]) == pytest.approx([0.04, 0.04])
@@ -371,7 +378,8 @@ def two_sides():
     """Harm 1/4, 2/4, 3/4 and refusal 4/8, 2/8, 2/8 of v0, v1, v2, with 99 equal draws."""
     harm = on_items([1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0])
     refusal = on_items([1] * 4 + [0] * 4, [1] * 2 + [0] * 6, [1] * 2 + [0] * 6)
-    return harm, refusal, by_hand(np.ones((99, 4))), by_hand(np.ones((99, 8)))
+    drawn = by_hand(np.ones((99, 4))), by_hand(np.ones((99, 8)))
+    return Failures(harm, drawn[0]), Failures(refusal, drawn[1])
 
 
 def test_areas_of_methods_by_hand(two_sides):
@@ -400,20 +408,20 @@ def test_areas_share_their_runs_and_not_their_items():
     values[0, 0] = 1
     both = outcomes(values)
     drawn = resample(2, 1, 1, 5, draws=800)
-    sides = both, both, drawn, drawn.with_items(5)
+    sides = Failures(both, drawn), Failures(both, drawn.with_items(5))
     table = paired_hypervolumes(*sides, {"a": [0], "b": [1]}, "b", confidence=0.6)
     assert table.loc[0, ["hypervolume", "low", "high"]].tolist() == [0.25, 0, 1]
     names = ["difference", "difference_low", "difference_high"]
     assert table.loc[0, names].tolist() == [-0.75, -1, 0]
     with pytest.raises(SpkitError, match="must not share their item draws"):
-        paired_hypervolumes(both, both, drawn, drawn, {"a": [0]}, "a")
+        paired_hypervolumes(Failures(both, drawn), Failures(both, drawn), {"a": [0]}, "a")
     other = resample(2, 1, 1, 5, draws=400, seed=1)
     with pytest.raises(SpkitError, match="must share their resampled runs"):
-        paired_hypervolumes(both, both, drawn, other, {"a": [0]}, "a")
+        paired_hypervolumes(Failures(both, drawn), Failures(both, other), {"a": [0]}, "a")
 
 
 def test_methods_that_do_not_fit(two_sides):
-    harm, refusal, *drawn = two_sides
+    harm, (refusal, drawn) = two_sides[0], (two_sides[1].outcomes, two_sides[1].resampling)
     with pytest.raises(SpkitError, match=r"no method 'c'; there are \['a'\]"):
         paired_hypervolumes(*two_sides, {"a": [0]}, "c")
     for places in ([3], [-1], []):
@@ -421,10 +429,10 @@ def test_methods_that_do_not_fit(two_sides):
             paired_hypervolumes(*two_sides, {"a": [0], "b": places}, "a")
     fewer = Outcomes(refusal.values[:2], ["v0", "v1"], [0], refusal.items, [1, 1])
     with pytest.raises(SpkitError, match="other variants: .*'v2'"):
-        paired_hypervolumes(harm, fewer, *drawn, {"a": [0]}, "a")
+        paired_hypervolumes(harm, Failures(fewer, drawn), {"a": [0]}, "a")
     elsewhere = Outcomes(refusal.values, refusal.variants, [9], refusal.items, [1, 1, 1])
     with pytest.raises(SpkitError, match=r"other backbones: \[0\] and \[9\]"):
-        paired_hypervolumes(harm, elsewhere, *drawn, {"a": [0]}, "a")
+        paired_hypervolumes(harm, Failures(elsewhere, drawn), {"a": [0]}, "a")
 
 
 NAN = math.nan

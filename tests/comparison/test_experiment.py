@@ -17,24 +17,19 @@ import pytest
 
 from spkit.comparison import graph
 from spkit.comparison import run as experiment
-from spkit.comparison.ablations import ABLATIONS, SAFEPATCHING
+from spkit.comparison.ablations import ABLATIONS
 from spkit.comparison.arena import SCORES, failures, mask_seed, shares
 from spkit.comparison.budget import BUDGETS, budget_of
 from spkit.comparison.continual import METHODS as CONTINUAL_METHODS
 from spkit.comparison.methods import METHODS
-from spkit.comparison.plan import (
-    BUNDLES,
-    RESCORED,
-    SWEEP_MASKS,
-    SWEEPS,
-    derivation_seed,
-    plan,
-    slug,
-)
+from spkit.comparison.plan import derivation_seed, plan
+from spkit.comparison.sweeps import BUNDLES, RESCORED, SWEEPS
 from spkit.comparison.tables import METRICS, TABLES
 from spkit.comparison.variants import OTHER_IMPORTANCE
 from spkit.config import load_params
 from spkit.errors import SpkitError
+from spkit.method.safepatching import NAME as SAFEPATCHING
+from spkit.system import made_from
 
 ROOT = Path(__file__).parents[2]
 MICRO = BUDGETS["micro"]
@@ -119,7 +114,8 @@ def test_every_ablation_is_there_at_the_setting_of_the_papers_score(tables):
     assert set(table["variant"]) == {*ABLATIONS, *OTHER_IMPORTANCE}
     assert set(table["tuned"]) == {"paper"} and set(table["score"]) == set(SCORES)
     for name, part in table.groupby("variant"):
-        masks = MICRO.masks if ABLATIONS.get(name, True) else 1
+        one = ABLATIONS.get(name)
+        masks = MICRO.masks if one is None or one.masked else 1
         assert set(part["n_runs"]) == {MICRO.backbones * MICRO.derivations * masks}, name
     others = {*ABLATIONS, *OTHER_IMPORTANCE} - {SAFEPATCHING}
     assert set(tables["ablation_differences"]["variant"]) == others
@@ -147,7 +143,9 @@ def test_every_method_was_tuned_with_equal_trials(tables, done):
     assert set(table["trials"]) == {MICRO.trials}
     for row in table.to_dict("records"):
         assert list(json.loads(row["setting"])) == list(METHODS[row["method"]].space)
-        (place,) = (done[1].parent / "units" / "tuning").glob(f"{slug(row['method'])}-??????????")
+        (place,) = (done[1].parent / "units" / "tuning").glob(
+            f"{graph.slug(row['method'])}-??????????"
+        )
         chosen = json.loads((place / "settings.json").read_text())[row["score"]]
         assert json.loads(row["setting"]) == chosen["setting"]
         assert 1 <= len(chosen["front"]) <= MICRO.fronts
@@ -155,14 +153,14 @@ def test_every_method_was_tuned_with_equal_trials(tables, done):
 
 def test_every_point_of_every_sweep_is_there(tables):
     table = tables["sweeps"]
-    assert set(table["sweep"]) == set(SWEEPS)
-    for name, points in SWEEPS.items():
-        own = table[table["sweep"] == name]
-        assert len(own) == MICRO.sweep_seeds * (1 + SWEEP_MASKS * len(points))
+    assert set(table["sweep"]) == {what.label for what in SWEEPS} and len(SWEEPS) == 6
+    for what in SWEEPS:
+        own = table[table["sweep"] == what.label]
+        assert len(own) == MICRO.sweep_seeds * (1 + 2 * len(what.points))  # two masks
         assert (own["mask"] == -1).sum() == MICRO.sweep_seeds  # the base
-        keys = list(points[0][0])
+        keys = list(what.points[0][0])
         found = own.loc[own["mask"] == 0, keys].to_dict("records")
-        assert found == [values for values, _ in points]
+        assert found == [values for values, _ in what.points]
 
 
 def test_every_continual_method_has_every_stage(tables):
@@ -240,7 +238,7 @@ def test_the_command_line_says_where_the_tables_are(capsys, monkeypatch):
 
 
 def test_an_error_of_the_command_is_one_sentence(tmp_path):
-    command = [sys.executable, "-m", "spkit.comparison", str(tmp_path / "none.yaml")]
+    command = [sys.executable, "-m", "spkit.comparison.run", str(tmp_path / "none.yaml")]
     found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert found.returncode == 1 and found.stderr.startswith("spkit: ")
     assert "none.yaml" in found.stderr and "Traceback" not in found.stderr
@@ -281,7 +279,7 @@ def test_the_plan_of_a_budget(name):
     for unit in units:
         if unit.name.startswith("tuning/"):
             assert unit.inputs["trials"] == budget.trials
-            assert unit.inputs["seeds"] == list(range(budget.backbones))
+            assert [site.seed for site in unit.inputs["sites"]] == list(range(budget.backbones))
 
 
 def test_the_full_budget_crosses_backbones_derivations_and_masks():
@@ -292,7 +290,7 @@ def test_the_full_budget_crosses_backbones_derivations_and_masks():
     }
     assert {unit.name for unit in units if unit.name.endswith("/methods")} == expected
     orders = [
-        tuple(map(tuple, unit.inputs["config"].continual.stages))
+        tuple(map(tuple, unit.inputs["site"].config.continual.stages))
         for unit in units
         if unit.name.startswith("continual/joint/")
     ]
@@ -300,23 +298,48 @@ def test_the_full_budget_crosses_backbones_derivations_and_masks():
     assert orders[1] == orders[0][::-1]
 
 
-def test_a_change_of_the_tuner_trains_no_backbone(monkeypatch, tmp_path):
-    """What is expensive is kept: of the code, it depends on its own alone."""
-    config = load_params(ROOT / "params" / "sandbox.yaml")
-    units = plan(config, MICRO)
-    before = graph.places(units, "x")
-    code = graph._code
-    monkeypatch.setattr(
-        graph,
-        "_code",
-        lambda globs: {
-            path: "changed" if path == "experiment/tuning.py" else digest
-            for path, digest in code(globs).items()
-        },
-    )
-    after = graph.places(units, "x")
-    kinds = {name.partition("/")[0] for name in before if before[name] != after[name]}
-    assert kinds == {"tuning", "answers", "sweeps", "sizes", "continual", "costs"}
+MADE = {"backbones", "bundles"}
+ASKED = {"tuning", "answers", "sweeps", "sizes", "continual", "costs"}
+
+
+@pytest.mark.parametrize(
+    ("files", "moved"),
+    [
+        # what is expensive is kept: of the code, a backbone depends on its own alone
+        (["comparison/tuning.py", "comparison/steps/tune.py"], ASKED),
+        (["sandbox/world.py", "sandbox/train.py"], MADE | ASKED),
+        (["method/derivation.py", "method/sets.py", "models/deltas.py"], {"bundles"} | ASKED),
+        (["evaluation/verdicts.py", "comparison/arena.py", "comparison/steps/shared.py"], ASKED),
+        (["comparison/steps/sweep.py"], {"sweeps"}),
+        (["comparison/steps/size.py"], {"sizes"}),
+        (["comparison/cost.py", "comparison/steps/cost.py"], {"costs"}),
+        (["comparison/steps/answer.py"], {"answers"}),
+        (["patchfile/make.py", "patchfile/encoding.py", "patchfile/add.py"], {"continual"}),
+        (["method/continual.py", "comparison/continual.py", "evaluation/rates.py"], {"continual"}),
+        (["evaluation/judges/keywords.py", "evaluation/judges/generative.py"], ASKED),
+        # what shows results, or says what is to be run
+        (["comparison/report.py", "comparison/figures.py", "comparison/tables.py"], set()),
+        (["comparison/bootstrap.py", "comparison/forgetting.py", "comparison/fronts.py"], set()),
+        (["comparison/plan.py", "comparison/sweeps.py", "comparison/budget.py"], set()),
+        (["cli.py", "config.py", "figures.py", "__init__.py", "comparison/run.py"], set()),
+        (["patchfile/revert.py", "running/memory.py"], set()),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_which_units_a_change_of_the_code_moves(files, moved, monkeypatch):
+    """Read off the imports; what a unit needs moves it, too."""
+    root = made_from.PACKAGE
+    paths = {root / name for name in files}
+    assert all(path.is_file() for path in paths)
+    units = plan(load_params(ROOT / "params" / "sandbox.yaml"), MICRO)
+    before, own = graph.places(units, "x"), made_from._digest
+    for changed in paths:  # each of them alone
+        monkeypatch.setattr(
+            made_from, "_digest", lambda p, stamp, c=changed: "new" if p == c else own(p, stamp)
+        )
+        after = graph.places(units, "x")
+        kinds = {name.partition("/")[0] for name in before if before[name] != after[name]}
+        assert kinds == moved, changed.name
 
 
 def test_neither_where_results_lie_nor_which_are_shown_moves_a_unit():

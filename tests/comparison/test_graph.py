@@ -1,7 +1,7 @@
 """The graph of units: what a folder's name depends on, the order, reruns, errors and interruptions.
 
-The work is done by top-level functions of this file: a spawned process imports them by name, which
-pytest's default import mode makes possible. Nothing heavy is imported, so that it starts at once.
+The work is done by top-level functions of tests/work_of_units.py: a spawned process imports them by
+name. Nothing heavy is imported, so that it starts at once.
 """
 
 import json
@@ -14,77 +14,53 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from work_of_units import fail_once, fail_while, print_loudly, sleep_and_tell, write
 
 from spkit.comparison import graph
 from spkit.comparison.graph import Unit
 from spkit.errors import SpkitError
+from spkit.system import made_from
 
 
-def write(folder, places, text="", log=None):
-    """text and all that the needed units wrote; one line in the log."""
-    before = [(place / "text").read_text() for place in places.values()]
-    (folder / "text").write_text("".join([*before, text]))
-    if log is not None:
-        with open(log, "a") as file:
-            file.write(f"{text}\n")
+def of(module):
+    """The work of a module of the package, which is never run."""
+
+    def work(folder, places):
+        raise AssertionError
+
+    work.__module__ = module
+    return work
 
 
-def other(folder, places, text="", log=None):
-    write(folder, places, text, log)
+ONE, TWO, THREE = of("spkit.one"), of("spkit.two"), of("spkit.folder.three")
 
 
-def fail_while(folder, places, flag, error, log=None, text=""):
-    """An error of that kind as long as the file `flag` is there, after half of the work."""
-    (folder / "half").write_text("half")
-    if flag.exists():
-        raise {"value": ValueError, "interrupt": KeyboardInterrupt}[error]("no such luck")
-    write(folder, places, text, log)
-
-
-def sleep_and_tell(folder, places, started, ended):
-    started.touch()
-    time.sleep(120)
-    ended.touch()
-
-
-def fail_once(folder, places, awaited):
-    """An error as soon as the file `awaited` is there."""
-    deadline = time.monotonic() + 60
-    while not awaited.exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    raise ValueError("no such luck")
-
-
-def tell_and_sleep(folder, places, told):
-    """Who does the work, and then nothing for long."""
-    told.with_suffix(".tmp").write_text(str(os.getpid()))
-    told.with_suffix(".tmp").rename(told)
-    time.sleep(60)
-
-
-def print_loudly(folder, places):
-    print("NEWS")
-
-
-def chain(**changes):
+def chain(works=(write,) * 4, **changes):
     """a -> b -> d and c -> d, with the changes {unit: {field: value}}."""
     units = [
-        Unit("a", write, {"text": "a"}, code=("one.py",)),
-        Unit("deep/b", write, {"text": "b"}, ("a",), code=("two.py",)),
-        Unit("c", write, {"text": "c"}, code=("folder/*.py",)),
-        Unit("d", write, {"text": "d"}, ("deep/b", "c")),
+        Unit("a", works[0], {"text": "a"}),
+        Unit("deep/b", works[1], {"text": "b"}, ("a",)),
+        Unit("c", works[2], {"text": "c"}),
+        Unit("d", works[3], {"text": "d"}, ("deep/b", "c")),
     ]
     return [replace(unit, **changes.get(unit.name.rpartition("/")[2], {})) for unit in units]
 
 
+def coded(**changes):
+    """The chain, each unit with a module of its own; d's is a's."""
+    return chain((ONE, TWO, THREE, ONE), **changes)
+
+
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """A package of three modules in place of spkit."""
+    """A package of a few modules in place of spkit; `two` imports `below`, as `three` does."""
     root = tmp_path / "package"
     (root / "folder").mkdir(parents=True)
-    for name in ("one.py", "two.py", "folder/three.py"):
+    for name in ("__init__.py", "one.py", "below.py", "folder/__init__.py", "folder/other.py"):
         (root / name).write_text("x = 1")
-    monkeypatch.setattr(graph, "PACKAGE", root)
+    (root / "two.py").write_text("from spkit.below import x")
+    (root / "folder/three.py").write_text("def f():\n    from spkit import below")
+    monkeypatch.setattr(made_from, "PACKAGE", root)
     return root
 
 
@@ -98,7 +74,7 @@ def changed(before, after):
 
 
 def test_a_place_is_the_name_and_ten_digits_of_a_digest(package, tmp_path):
-    places = graph.places(chain(), tmp_path / "root")
+    places = graph.places(coded(), tmp_path / "root")
     assert list(places) == ["a", "deep/b", "c", "d"]
     for name, place in places.items():
         assert place.parent == (tmp_path / "root" / name).parent
@@ -106,7 +82,7 @@ def test_a_place_is_the_name_and_ten_digits_of_a_digest(package, tmp_path):
         assert stem == name.rpartition("/")[2] and len(digest) == 10
         assert int(digest, 16) >= 0
     assert len({place.name[-10:] for place in places.values()}) == 4
-    assert graph.places(chain(), tmp_path / "root") == places
+    assert graph.places(coded(), tmp_path / "root") == places
 
 
 @pytest.mark.parametrize(
@@ -116,16 +92,15 @@ def test_a_place_is_the_name_and_ten_digits_of_a_digest(package, tmp_path):
         ({"b": {"inputs": {"text": "B"}}}, {"b", "d"}),
         ({"c": {"inputs": {"text": "c", "log": None}}}, {"c", "d"}),
         ({"d": {"inputs": {"text": "D"}}}, {"d"}),
-        ({"c": {"work": other}}, {"c", "d"}),
+        ({"c": {"work": TWO}}, {"c", "d"}),
         ({"d": {"needs": ("c", "deep/b")}}, {"d"}),
-        ({"c": {"code": ("one.py",)}}, {"c", "d"}),
         ({"a": {"seconds": 99.0}, "d": {"seconds": 0.1}}, set()),
         ({}, set()),
     ],
     ids=str,
 )
 def test_a_change_of_a_unit_moves_it_and_what_needs_it(package, change, expected):
-    assert changed(graph.places(chain(), "x"), graph.places(chain(**change), "x")) == expected
+    assert changed(graph.places(coded(), "x"), graph.places(coded(**change), "x")) == expected
 
 
 @pytest.mark.parametrize(
@@ -134,27 +109,30 @@ def test_a_change_of_a_unit_moves_it_and_what_needs_it(package, change, expected
         ("one.py", {"a", "b", "d"}),
         ("two.py", {"b", "d"}),
         ("folder/three.py", {"c", "d"}),
-        ("folder/four.py", {"c", "d"}),  # new: the glob finds it
+        ("below.py", {"b", "c", "d"}),  # imported, at the top and in a function
+        ("folder/__init__.py", {"c", "d"}),  # it runs before its modules do
+        ("folder/other.py", set()),
         ("folder/notes.txt", set()),
         ("five.py", set()),
     ],
 )
 def test_a_change_of_a_code_file_moves_what_runs_it(package, file, expected):
-    before = graph.places(chain(), "x")
-    (package / file).write_text("x = 2")
-    assert changed(before, graph.places(chain(), "x")) == expected
+    before = graph.places(coded(), "x")
+    (package / file).write_text("from spkit import below")
+    assert changed(before, graph.places(coded(), "x")) == expected
 
 
-def test_compiled_files_are_no_code(package):
-    before = graph.places(chain(c={"code": ("folder/**/*",)}), "x")
-    (package / "folder" / "__pycache__").mkdir()
-    (package / "folder" / "__pycache__" / "three.pyc").write_text("bytes")
-    assert graph.places(chain(c={"code": ("folder/**/*",)}), "x") == before
+def test_a_unit_is_its_function_and_not_only_its_module(package):
+    twin = of("spkit.one")
+    twin.__qualname__ = "twin"
+    assert changed(graph.places(coded(), "x"), graph.places(coded(a={"work": twin}), "x")) == {
+        *("a", "b", "d")
+    }
 
 
 def test_two_units_of_one_name():
     with pytest.raises(SpkitError, match="^two units have the name 'a'$"):
-        graph.places([*chain(), Unit("a", other)], "x")
+        graph.places([*chain(), Unit("a", TWO)], "x")
 
 
 @pytest.mark.parametrize("units", [chain()[1:], list(reversed(chain()))[2:]], ids=["none", "later"])
@@ -180,7 +158,7 @@ def logged(log):
 
 
 def with_log(log, **changes):
-    return [replace(unit, inputs={**unit.inputs, "log": log}, code=()) for unit in chain(**changes)]
+    return [replace(unit, inputs={**unit.inputs, "log": log}) for unit in chain(**changes)]
 
 
 def files(root):
@@ -278,14 +256,14 @@ def test_a_worker_ends_with_the_process_that_started_it(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "from pathlib import Path\n"
-        "import test_graph\n"
+        "import work_of_units\n"
         "from spkit.comparison import graph\n"
         "if __name__ == '__main__':\n"
-        f"    unit = graph.Unit('a', test_graph.tell_and_sleep, {{'told': Path({str(told)!r})}})\n"
+        f"    unit = graph.Unit('a', work_of_units.tell_and_sleep, {{'told': Path({str(told)!r})}})\n"
         f"    graph.run([unit], {str(root)!r}, jobs=1, label='test')\n"
     )
-    here = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
+    tests = Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}"}
     starter = subprocess.Popen(
         [sys.executable, str(script)], env=environment, stderr=subprocess.DEVNULL
     )

@@ -155,12 +155,12 @@ def test_holm_is_that_of_statsmodels(tables):
 
 
 def test_holm_of_many_values_in_any_order_and_with_ties():
-    from spkit.comparison.bootstrap import _holm
+    from spkit.comparison.bootstrap import holm
 
     rng = np.random.default_rng(0)
     for n in (1, 2, 9, 40):
         p = np.round(rng.random(n) ** 4, 2)
-        assert _holm(p).tolist() == multipletests(p, method="holm")[1].tolist()
+        assert holm(p).tolist() == multipletests(p, method="holm")[1].tolist()
 
 
 def test_per_backbone(tables):
