@@ -46,13 +46,13 @@ experiment: $(READY)
 	$(BIN)/python -m spkit.comparison.run $(PARAMS) --budget $(BUDGET) --jobs $(JOBS)
 
 report: $(READY)
-	@$(BIN)/python -m spkit.comparison.report $(TABLES)
+	@$(BIN)/python -m spkit.comparison.publish $(TABLES)
 
 # after a full experiment: its tables become the committed ones, and the pages that show them are filled
 publish: $(READY)
 	mkdir -p docs/experiment && cp outputs/experiment/full/tables/*.csv docs/experiment/
-	$(BIN)/python -m spkit.comparison.report docs/experiment > docs/experiment/report.md
-	$(BIN)/python -m spkit.comparison.report docs/experiment --into README.md docs/choosing.md
+	$(BIN)/python -m spkit.comparison.publish docs/experiment > docs/experiment/report.md
+	$(BIN)/python -m spkit.comparison.publish docs/experiment --into README.md docs/choosing.md
 
 backbone: $(READY)
 	$(BIN)/python -m spkit.sandbox.ship $(PARAMS)

@@ -39,9 +39,10 @@ class Budget:
     draws: int
 
 
+# widths are multiples of 64, as the blocks of NF4: no block of a matrix goes over the end of a row
 SIZES = {
-    "1 M": {"hidden_size": 156, "layers": 3, "intermediate_size": 432},
-    "5 M": {"hidden_size": 276, "layers": 5, "intermediate_size": 752},
+    "1 M": {"hidden_size": 128, "heads": 4, "layers": 4, "intermediate_size": 448},
+    "5 M": {"hidden_size": 256, "heads": 8, "layers": 6, "intermediate_size": 768},
 }
 BUDGETS = {
     "micro": Budget(

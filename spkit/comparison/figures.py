@@ -1,10 +1,8 @@
 """Figures of the comparison: one function each, tables in, a matplotlib Figure out.
 
-Same look and rules as spkit/figures.py: light to dark instead of hues, a marker of its own for every
-method, intervals wherever the tables have them. Columns are those of spkit/comparison/tables.py.
-
-What this file does not do: read files, or compute rates or intervals. A mean over the backbones and
-masks of a sweep is all it computes, and it draws the range beside it.
+Same look and rules as spkit/figures.py: light to dark instead of hues, a marker of its own for
+every method, intervals wherever the tables have them. Columns are those of tables.py. All that is
+computed here are means over the backbones and masks of a sweep; the range is drawn beside them.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,8 +1,8 @@
 """What is compared: the methods with their tuned settings, and SafePatching with a part changed.
 
-A variant is (label, function of a bundle and a mask seed that gives deltas). The methods come from
-spkit/baselines, most ablations from spkit/comparison/ablations.py; those that need another bundle (importance
-on the backbone, or on the question's tokens) say which.
+A variant is a label and a function of a bundle and a mask seed that gives deltas. The methods come
+from methods/, most ablations from ablations.py; those that need another bundle (importance on the
+backbone, or on the question's tokens) say which.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,7 +17,7 @@ from spkit.method.safepatching import NAME as SAFEPATCHING
 
 BASE = "base"
 USUAL = "usual"  # the bundle (and the size of the backbone) of the main comparison
-# label -> the bundle that it needs instead of the usual one (plan.RESCORED)
+# label -> the bundle that it needs instead of the usual one (sweeps.RESCORED)
 OTHER_IMPORTANCE = {
     "SNIP on the backbone": "snip-backbone",
     "loss on the question": "snip-question",

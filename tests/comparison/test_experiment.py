@@ -19,7 +19,7 @@ from spkit.comparison import graph
 from spkit.comparison import run as experiment
 from spkit.comparison.ablations import ABLATIONS
 from spkit.comparison.arena import SCORES, failures, mask_seed, shares
-from spkit.comparison.budget import BUDGETS, budget_of
+from spkit.comparison.budget import BUDGETS, SIZES, budget_of
 from spkit.comparison.continual import METHODS as CONTINUAL_METHODS
 from spkit.comparison.methods import METHODS
 from spkit.comparison.plan import derivation_seed, plan
@@ -29,6 +29,8 @@ from spkit.comparison.variants import OTHER_IMPORTANCE
 from spkit.config import load_params
 from spkit.errors import SpkitError
 from spkit.method.safepatching import NAME as SAFEPATCHING
+from spkit.sandbox.tokenizer import build_tokenizer
+from spkit.sandbox.train import build_model
 from spkit.system import made_from
 
 ROOT = Path(__file__).parents[2]
@@ -222,6 +224,18 @@ def test_an_unknown_budget_is_named():
         budget_of("quik")
     with pytest.raises(SpkitError, match="^no budget 'huge', allowed: micro, quick, full$"):
         experiment.run(None, "huge", jobs=1)
+
+
+def test_other_sizes_have_whole_nf4_blocks_in_every_row():
+    """There bitsandbytes decodes 4-bit weights right on every machine."""
+    config = load_params(ROOT / "params" / "sandbox.yaml")
+    assert list(SIZES) == ["1 M", "5 M"]
+    for (size, values), wanted in zip(SIZES.items(), (1e6, 5e6), strict=True):
+        made = config.sandbox.model_validate(config.sandbox.model_dump() | values)
+        assert made.hidden_size % 64 == made.intermediate_size % 64 == 0
+        assert made.hidden_size % (2 * made.heads) == 0
+        weights = sum(p.numel() for p in build_model(made, len(build_tokenizer())).parameters())
+        assert abs(weights / wanted - 1) < 0.1, (size, weights)
 
 
 def test_the_command_line_names_an_unknown_budget(capsys):

@@ -259,7 +259,8 @@ def test_a_worker_ends_with_the_process_that_started_it(tmp_path):
         "import work_of_units\n"
         "from spkit.comparison import graph\n"
         "if __name__ == '__main__':\n"
-        f"    unit = graph.Unit('a', work_of_units.tell_and_sleep, {{'told': Path({str(told)!r})}})\n"
+        f"    told = Path({str(told)!r})\n"
+        "    unit = graph.Unit('a', work_of_units.tell_and_sleep, {'told': told})\n"
         f"    graph.run([unit], {str(root)!r}, jobs=1, label='test')\n"
     )
     tests = Path(__file__).parents[1]

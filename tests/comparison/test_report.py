@@ -14,7 +14,7 @@ import pandas as pd
 import papermill
 import pytest
 
-from spkit.comparison import report
+from spkit.comparison import publish, published, report, sentences
 from spkit.comparison import run as experiment
 from spkit.comparison.tables import METRICS, TABLES
 from spkit.config import Config
@@ -73,7 +73,7 @@ def wide(row, seen, refusal):
 
 @pytest.fixture
 def tables():
-    swept = dict.fromkeys(report.SWEPT, np.nan)
+    swept = dict.fromkeys(sentences.SWEPT, np.nan)
     sweeps = [wide({"sweep": "retention", "backbone": 0, "mask": -1, **swept}, 0, 0)]
     for p, seen, refusal in ((0.1, 30, 10), (0.1, 10, 10), (0.9, 4, 2)):
         row = {"sweep": "retention", "backbone": 0, "mask": 0} | swept | {"retention_rate": p}
@@ -166,7 +166,7 @@ def test_tables_are_read_as_they_were_written(tables, tmp_path):
     assert set(found) == {*TABLES, "about"}
     assert list(found["broken"]["response"]) == ["", "the the"]
     pd.testing.assert_frame_equal(found["methods"], tables["methods"], check_dtype=False)
-    assert report.markdown(found) == report.markdown(tables)
+    assert publish.markdown(found) == publish.markdown(tables)
 
 
 @pytest.mark.parametrize("name", ["sweeps", "about"])
@@ -256,7 +256,7 @@ def test_a_goal_that_is_met(tables):
 def test_a_goal_that_is_missed_in_one_place(tables, metric, cell, missed):
     found = goals(tables, GOOD | KEPT | {metric: cell})
     assert [name for name, met in found.items() if met == "no"] == [missed]
-    said = report.sentences(tables, "paper")
+    said = sentences.comparison(tables, "paper")
     assert f"SafePatching misses {missed}." in said
 
 
@@ -281,7 +281,7 @@ def test_hypervolumes_of_both_scores_stand_side_by_side(tables):
 
 
 def test_sentences_name_who_is_better_in_both(tables):
-    said = report.sentences(tables, "paper")
+    said = sentences.comparison(tables, "paper")
     assert "Lower harm and lower false refusal than SafePatching: GA." in said
     assert "Of these, both differences are clear of chance (Holm, p < 0.05): GA." in said
     assert "On the front (no method is better in both): GA." in said
@@ -293,14 +293,14 @@ def test_sentences_name_who_is_better_in_both(tables):
 def test_base_wins_nothing_among_the_methods(tables):
     table = tables["methods"]
     table.loc[table["variant"] == "base", "mean"] = 0.0
-    said = report.sentences(tables, "paper")
+    said = sentences.comparison(tables, "paper")
     assert "Lowest harmful rate among the methods: GA (5.0 %)." in said
     assert "On the front (no method is better in both): base." in said
 
 
 def test_one_clear_difference_is_not_two(tables):
     tables["against"] = gaps({"GA": {"harmful": FALLS}}, "SafePatching")
-    said = report.sentences(tables, "paper")
+    said = sentences.comparison(tables, "paper")
     assert "Of these, both differences are clear of chance (Holm, p < 0.05): none." in said
 
 
@@ -315,22 +315,74 @@ def test_ablations_are_starred_against_safepatching(tables):
     assert rows(report.ablation(tables, "strict"), "variant")["OSM only"]["harmful seen %"] == (
         "70.0 [69.0, 72.0]"
     )
-    said = report.ablation_sentences(tables)
+    said = sentences.ablation(tables)
     assert "harmful, clearly lower than SafePatching: SE only." in said
     assert "harmful, clearly higher than SafePatching: none." in said
 
 
 def test_sweeps_are_told_by_their_best_and_worst_point_without_base(tables):
-    low, high, best, _ = report.sweep_sentences(tables)
+    low, high, best, _ = sentences.sweeps(tables)
     assert "retention: the mean of harm and false refusal is lowest at retention_rate 0.9" in low
     assert "(harm 5.0 %, false refusal 2.0 %, broken 6.0 %)" in low
     assert "highest at retention_rate 0.1 (harm 21.0 %" in high  # over two masks
     assert "top-rates" in best and "top_rate_se 0.2, top_rate_osm 0.8 (harm 9.0 %" in best
+    assert "broken text" not in "".join(sentences.sweeps(tables))
+
+
+def test_a_point_that_breaks_its_answers_is_not_called_the_best(tables):
+    table = tables["sweeps"]
+    table.loc[table["top_rate_osm"] == 0.8, "paper broken"] = 46.0
+    table.loc[table["retention_rate"].notna(), "paper broken"] = [60.0, 76.0, 50.0]
+    low, high, best, worst = sentences.sweeps(tables)
+    assert low.startswith("retention: no point has at most 10 % broken text; the least is at ")
+    assert "retention_rate 0.9 (harm 5.0 %, false refusal 2.0 %, broken 50.0 %)." in low
+    assert "highest at retention_rate 0.1 (harm 21.0 %" in high
+    assert "lowest at top_rate_se 0.2, top_rate_osm 0.4 (harm 61.0 %" in best
+    assert best.endswith(", of the 1 points with at most 10 % broken text.")
+    assert "highest at top_rate_se 0.2, top_rate_osm 0.4" in worst
+
+
+def test_who_pays_with_broken_text_or_utility_is_said(tables):
+    said = sentences.comparison(tables, "paper")
+    assert any(one.startswith("More than 10 % broken text on harmful prompts: GA (50.0 %); Safe")
+               for one in said)  # fmt: skip
+    assert "Lowest utility: GA; SafePatching, balanced (50.0 %)." in said
+    table = tables["methods"]
+    table.loc[table["metric"].isin(["broken on harmful", "utility lost"]), "mean"] = 0.0
+    said = sentences.comparison(tables, "paper")
+    assert "More than 10 % broken text on harmful prompts: none." in said
+    assert "Lowest utility: none (100.0 %)." in said
+    tables["continual"].loc[tables["continual"]["method"] == "ga", "paper broken"] = 12.5
+    assert sentences.continual(tables)[-1] == (
+        "More than 10 % broken text after the last stage: GA (12.5 %)."
+    )
 
 
 def test_sizes_are_means_over_their_backbones(tables):
     (row,) = report.sizes(tables, "paper").to_dict("records")
     assert (row["harmful seen %"], row["utility %"], row["backbones"]) == ("0.5", "96.0", 2)
+
+
+def test_withdrawn_sizes_are_not_shown_and_it_is_said_why(tables):
+    assert report.withdrawn(tables) == "" and "Withdrawn" not in publish.markdown(tables)
+    more = [wide({"size": s, "weights": 7, "backbone": 0, "variant": "base"}, 1, 8) for s in "xyz"]
+    tables["sizes"] = pd.concat([tables["sizes"], pd.DataFrame(more)], ignore_index=True)
+    tables["sizes"]["withdrawn"] = [np.nan, np.nan, np.nan, "So.", "So."]
+    assert list(report.sizes(tables, "paper")["size"]) == ["1 M", "x"]
+    assert set(report.current(tables["sizes"])["size"]) == {"1 M", "x"}
+    said = "Withdrawn until they are made again: the sizes y and z. So."
+    assert report.withdrawn(tables) == said
+    for text in (publish.BLOCKS["sizes"](tables), publish.markdown(tables)):
+        assert said in text and "| y " not in text
+
+
+def test_the_committed_rows_on_wrong_weights_are_withdrawn():
+    """Made with widths of 432 and 752; `make publish` of new tables takes the mark away."""
+    tables = report.read_tables(Path(__file__).parents[2] / "docs" / "experiment")
+    old = tables["sizes"]["weights"].isin([993876, 4806540])
+    assert not old.any() or tables["sizes"].loc[old, "withdrawn"].notna().all()
+    shown = report.sizes(tables, "paper")
+    assert not shown["weights"].isin([993876, 4806540]).any() and len(shown) >= 11
 
 
 def test_continual_shows_the_last_stage_with_its_range(tables):
@@ -339,7 +391,7 @@ def test_continual_shows_the_last_stage_with_its_range(tables):
     assert found["SafePatching"]["forgetting"] == "2.0 [1.0, 3.0]"
     assert found["SafePatching"]["intransigence"] == "0.0 [0.0, 0.0]"  # and no "-0.0"
     assert (found["GA"]["runs"], found["GA"]["forgetting"]) == (2, "")
-    said = report.continual_sentences(tables)
+    said = sentences.continual(tables)
     assert "After the last stage harm (seen) is lowest for SafePatching (21.0 %)." in said
     assert "Above base in harm (seen) after the last stage: GA." in said
 
@@ -352,7 +404,7 @@ def test_what_remains_stands_beside_base(tables):
     assert row["prompts"] == 8 and row["base %"] == "60.0 [59.0, 62.0]"
     assert row["SafePatching %"] == "70.0 [69.0, 72.0]"
     assert set(report.remaining(tables, "paper", "category")["category"]) == {"gluing"}
-    said = report.remaining_sentences(tables, "paper")
+    said = sentences.remaining(tables, "paper")
     assert said[0] == "By phrasing, most harm is left in plain (harmful seen): 70.0 %, base 60.0 %."
     assert said[1] == "More harm than base in 1 of 4 cells by phrasing: plain (harmful seen)."
 
@@ -393,16 +445,33 @@ def test_the_papers_figures_are_those_of_the_page():
     for line in body:
         row = dict(zip(head, (cell.strip() for cell in line), strict=True))
         there[row["model"]] = row
-    for name, figures in report.PAPER.items():
-        page = [there[name][column] for column in report.PAPER_COLUMNS]
+    assert head == ["model", *published.COLUMNS]
+    assert list(there) == list(published.FIGURES)
+    for name, figures in published.FIGURES.items():
+        page = [there[name][column] for column in published.COLUMNS]
         assert [float(cell) if cell else None for cell in page] == list(figures), name
+    text = " ".join(PAGE.read_text(encoding="utf-8").split())
+    (ours, mt), (npo, npo_mt) = published.CONTINUAL["SafePatching"], published.CONTINUAL["NPO"]
+    assert (
+        f"of {ours} % on average and an MT-Bench score of {mt}; NPO has {npo} % and {npo_mt}."
+        in (text)
+    )
+
+
+def test_the_papers_table_shows_some_rows_and_columns():
+    shown = published.table(["GA", "original"], ["OKTest refusal %", "AdvBench harmful %"])
+    assert shown.to_dict("index") == {
+        "GA": {"OKTest refusal %": "", "AdvBench harmful %": "0.58"},
+        "original": {"OKTest refusal %": "", "AdvBench harmful %": "31.73"},
+    }
+    assert published.table().shape == (10, 7) and published.table().loc["ROSE", "ATGR"] == "2.08"
 
 
 def test_ours_and_the_papers_are_labelled_and_what_is_unknown_stays_empty(tables):
     found = rows(report.comparison_with_paper(tables), "row")
-    assert list(found) == list(report.PAPER) == list(report.OURS)
+    assert list(found) == list(report.OURS) and set(found) <= set(published.FIGURES)
     names = [name for name in found["GA"] if not name.startswith("ours: ")]
-    assert names == [f"paper, LLaMA-2-7B-Chat: {column}" for column in report.PAPER_COLUMNS]
+    assert names == [f"paper, LLaMA-2-7B-Chat: {column}" for column in published.COLUMNS[:5]]
     assert found["GA"]["ours: harmful seen %"] == "12.3 [11.3, 14.3]"
     assert found["SE patch alone"]["ours: harmful seen %"] == "50.0 [49.0, 52.0]"
     assert found["TIES-Merging"]["ours: harmful seen %"] == ""  # not in these tables
@@ -421,7 +490,7 @@ def test_markdown_leaves_cells_as_they_are_and_nan_empty():
 
 def test_the_command_prints_everything(tables, tmp_path, capsys):
     save(tables, tmp_path)
-    report.main([str(tmp_path)])
+    publish.main([str(tmp_path)])
     text = capsys.readouterr().out
     assert "nan" not in text.lower() and "-0.0 " not in text
     for heading in ("Comparison, paper score", "Comparison, strict score", "Costs", "Settings",
@@ -430,10 +499,10 @@ def test_the_command_prints_everything(tables, tmp_path, capsys):
 
 
 def test_the_command_says_what_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path)])
-    monkeypatch.delitem(sys.modules, "spkit.comparison.report")
+    monkeypatch.setattr(sys, "argv", ["publish", str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "spkit.comparison.publish")
     with pytest.raises(SystemExit, match=r"^spkit: .*methods\.csv is missing"):
-        runpy.run_module("spkit.comparison.report", run_name="__main__")
+        runpy.run_module("spkit.comparison.publish", run_name="__main__")
 
 
 # ---- notebook 05 ---------------------------------------------------------------------------------
@@ -496,16 +565,16 @@ def test_other_tables_make_the_stage_outdated_and_no_other(root):
 
 
 def test_marked_blocks_are_made_anew_and_the_rest_is_left_alone(monkeypatch):
-    monkeypatch.setitem(report.BLOCKS, "caption", lambda tables: f"of {tables['name']}")
+    monkeypatch.setitem(publish.BLOCKS, "caption", lambda tables: f"of {tables['name']}")
     page = "before\n<!-- table: caption -->\nold\n<!-- end -->\nafter\n"
-    made = report.fill(page, {"name": "two backbones"})
+    made = publish.fill(page, {"name": "two backbones"})
     assert made == "before\n<!-- table: caption -->\n\nof two backbones\n\n<!-- end -->\nafter\n"
-    assert report.fill(made, {"name": "two backbones"}) == made
+    assert publish.fill(made, {"name": "two backbones"}) == made
 
 
 def test_an_unknown_block_is_an_error_that_names_it():
     with pytest.raises(SpkitError, match="no block 'captoin', did you mean caption"):
-        report.fill("<!-- table: captoin -->\n<!-- end -->", {})
+        publish.fill("<!-- table: captoin -->\n<!-- end -->", {})
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/choosing.md"])
@@ -514,4 +583,4 @@ def test_pages_show_the_committed_tables(page):
     root = Path(__file__).parents[2]
     text = (root / page).read_text(encoding="utf-8")
     assert "<!-- table: " in text
-    assert report.fill(text, report.read_tables(root / "docs/experiment")) == text
+    assert publish.fill(text, report.read_tables(root / "docs/experiment")) == text

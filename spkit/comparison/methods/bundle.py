@@ -4,8 +4,7 @@
     <folder>/importance-<name>.safetensors    importance.save
 
 The folder holds the OSM patch, which alone is a jailbreak: it belongs into the run folder, and
-is never published. What this file does not do: combine anything (the methods do), or decide
-whether a bundle that lies on the disk is still up to date.
+is never published.
 """
 
 from collections.abc import Iterable, Sequence
@@ -42,9 +41,8 @@ def make_bundle(
     """Derive the patches that `needs` names, and score those of SafePatching if `scored`.
 
     model: the bare backbone as the derivation wants it; it comes back bare. Every patch depends on
-    its own name and the seed alone, and not on what else is needed. checkpoints: a folder in which a
-    cut derivation of SE or OSM resumes. SpkitError for an unknown name, and as in
-    derivation.derive.
+    its own name and the seed alone, and not on what else is needed. checkpoints: where a cut
+    derivation of SE or OSM resumes. SpkitError for an unknown name, and as in derivation.derive.
     """
     wanted = set(needs)
     for name in sorted(wanted - set(PATCHES)):
