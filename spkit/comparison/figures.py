@@ -19,7 +19,12 @@ from spkit.comparison.report import continual_label, of_score
 from spkit.comparison.variants import BASE
 from spkit.figures import DARK, HEAT, LIGHT, MIDDLE, PALE, _legend_below, _panels, _reach, styled
 
+WIDE = 8.6  # inches: what a notebook's page shows without shrinking it
 MANY_MARKERS = "osD^vP*X<>pd"
+RUST = "#a23b1e"
+# of lines that cross: six colours that differ in grey, too, each with a marker of its own
+COLOURS = (RUST, "#1f6f8b", "#e0a030", "#7d5ba6", "#203a20", "#8fbf9f")
+LINES = ("-", "--", "-", "--", ":", ":")
 # panel title -> metric of the tables
 GAINS = {
     "harmful, seen categories": "harmful seen",
@@ -33,8 +38,8 @@ ABLATED = {
 }
 # line of a sweep -> (column of the sweeps, marker, line style, shade)
 SWEPT = {
-    "harmful, seen": ("seen", "o", "-", DARK),
-    "harmful, unseen": ("unseen", "s", "--", DARK),
+    "harmful, seen": ("seen", "o", "-", RUST),
+    "harmful, unseen": ("unseen", "s", "--", RUST),
     "false refusal": ("refusal", "D", "-", MIDDLE),
     "broken": ("broken", "X", ":", "0.35"),
 }
@@ -45,26 +50,28 @@ SWEPT = {
 
 @styled
 def pareto(methods: pd.DataFrame, score: str) -> Figure:
-    """Harm against false refusal, a point a method, with intervals both ways; shade is utility.
+    """Harm against false refusal, a point a method, with intervals both ways.
 
-    methods: the table of that name. The dotted steps join the points that no other beats in both.
+    methods: the table of that name. The darker a point, the more utility it has lost. The dotted
+    steps join the points that no other beats in both.
     """
     table = of_score(methods, score)
     names = _base_first(table["variant"])
     x, y = (_of_metric(table, metric, names) for metric in ("harmful", "false refusal"))
     utility = 100 - _of_metric(table, "utility lost", names)["rate"]
-    figure, (ax,) = _panels(1, 1, width=7.2, height=5.6)
-    shades = Normalize(np.floor(utility.min() / 10) * 10 if utility.notna().any() else 0, 100)
+    figure, (ax,) = _panels(1, 1, width=7.2, height=5)
+    lowest = np.floor(utility.min() / 10) * 10 if utility.notna().any() else 0
+    look = {"cmap": HEAT.reversed(), "norm": Normalize(lowest, 100), "edgecolor": "black"}
     ax.errorbar(
-        x["rate"], y["rate"], xerr=_reach(x), yerr=_reach(y), fmt="none", ecolor="0.55",
-        capsize=2, linewidth=0.9, zorder=1,
+        x["rate"], y["rate"], xerr=_reach(x), yerr=_reach(y), fmt="none", ecolor="0.6",
+        capsize=2, linewidth=0.8, zorder=1,
     )  # fmt: skip
     for marker, name in zip(_markers(names), names, strict=True):
         own = name == SAFEPATCHING
         drawn = ax.scatter(
-            x.loc[name, "rate"], y.loc[name, "rate"], c=[utility[name]], cmap=HEAT, norm=shades,
-            marker=marker, s=130 if own else 70, edgecolor="black", linewidth=1.8 if own else 0.8,
-            label=name, zorder=3 if own else 2, plotnonfinite=True,
+            x.loc[name, "rate"], y.loc[name, "rate"], c=[utility[name]], marker=marker, **look,
+            s=150 if own else 85, linewidth=2 if own else 1, label=name, zorder=3 if own else 2,
+            plotnonfinite=True,
         )  # fmt: skip
     best = _front(x["rate"].to_numpy(), y["rate"].to_numpy())
     ax.step(*best, where="post", color="black", linestyle=":", linewidth=1, zorder=1)
@@ -83,7 +90,7 @@ def paired_differences(differences: pd.DataFrame, per_backbone: pd.DataFrame, sc
     """
     table, each = of_score(differences, score), of_score(per_backbone, score)
     names = list(dict.fromkeys(table["variant"]))
-    figure, axes = _panels(1, len(GAINS), width=11, height=1.6 + 0.38 * len(names), sharey=True)
+    figure, axes = _panels(1, len(GAINS), width=WIDE, height=1.6 + 0.34 * len(names), sharey=True)
     rows = np.arange(len(names))
     for ax, (title, metric) in zip(axes, GAINS.items(), strict=True):
         gap = _of_metric(table, metric, names, "difference")
@@ -115,7 +122,7 @@ def hypervolumes(table: pd.DataFrame) -> Figure:
     scores = list(dict.fromkeys(table["score"]))
     names = list(dict.fromkeys(table["method"]))
     figure, axes = _panels(
-        1, len(scores), width=4.6 * len(scores), height=1.4 + 0.3 * len(names), sharey=True
+        1, len(scores), width=1.8 + 3.4 * len(scores), height=1.4 + 0.3 * len(names), sharey=True
     )
     for ax, score in zip(axes, scores, strict=True):
         own = table[table["score"] == score].set_index("method").reindex(names)
@@ -138,7 +145,7 @@ def ablations(table: pd.DataFrame, score: str = "paper") -> Figure:
     table = of_score(table, score)
     names = list(dict.fromkeys(table["variant"]))
     names.sort(key=lambda name: name != SAFEPATCHING)
-    figure, axes = _panels(1, len(ABLATED), width=11, height=1.5 + 0.3 * len(names), sharey=True)
+    figure, axes = _panels(1, len(ABLATED), width=WIDE, height=1.5 + 0.28 * len(names), sharey=True)
     for ax, (title, metric) in zip(axes, ABLATED.items(), strict=True):
         _dots(ax, _of_metric(table, metric, names), names)
         ax.set(title=f"{title} %", xlim=(-3, 103), xlabel="lower is better")
@@ -193,7 +200,7 @@ def other_sweeps(sweeps: pd.DataFrame, score: str = "paper") -> Figure:
         "pairs": "harmful pairs",
         "samples": "calibration samples",
     }
-    figure, axes = _panels(1, len(panels), width=11, height=3.8, sharey=True)
+    figure, axes = _panels(1, len(panels), width=WIDE, height=3.6, sharey=True)
     for ax, (name, label) in zip(axes, panels.items(), strict=True):
         _lines(ax, sweeps, name, name, score, log=2)
         ax.set_xlabel(label)
@@ -220,7 +227,7 @@ def sizes(table: pd.DataFrame, score: str = "paper") -> Figure:
     names = _base_first(table["variant"])
     weights = table.groupby("size")["weights"].first().sort_values()
     means = table.groupby(["size", "variant"]).mean(numeric_only=True)
-    figure, axes = _panels(1, len(panels), width=12, height=1.6 + 0.34 * len(names), sharey=True)
+    figure, axes = _panels(1, len(panels), width=WIDE, height=1.6 + 0.34 * len(names), sharey=True)
     shades = sns.color_palette(f"blend:{PALE},{DARK}", len(weights))
     for ax, (title, key) in zip(axes, panels.items(), strict=True):
         for number, (size, count) in enumerate(weights.items()):
@@ -230,7 +237,8 @@ def sizes(table: pd.DataFrame, score: str = "paper") -> Figure:
                 own, np.arange(len(names)) + shift, MANY_MARKERS[number], color=shades[number],
                 markeredgecolor="black", label=f"{size} ({count:,} weights)",
             )  # fmt: skip
-        ax.set(title=f"{title} %", xlim=(-3, 103), ylim=(len(names) - 0.4, -0.6))
+        ax.set(title=f"{title} %".replace(", ", ",\n"), xticks=(0, 50, 100))
+        ax.set(xlim=(-3, 103), ylim=(len(names) - 0.4, -0.6))
         ax.grid(False, axis="y")
     axes[0].set_yticks(np.arange(len(names)), names)
     _legend_below(figure, axes[0].get_legend_handles_labels()[0])
@@ -245,15 +253,15 @@ def continual_stages(continual: pd.DataFrame, score: str = "paper") -> Figure:
     """
     panels = {"harmful, seen categories": "seen", "false refusal": "refusal"}
     names = list(dict.fromkeys(continual["method"]))
-    shades = sns.color_palette(f"blend:{DARK},{LIGHT}", len(names))
-    figure, axes = _panels(1, len(panels), width=9, height=4.2, sharey=True)
+    figure, axes = _panels(1, len(panels), width=WIDE, height=4.4, sharey=True)
     for ax, (title, key) in zip(axes, panels.items(), strict=True):
         for number, name in enumerate(names):
             own = _ranges(continual[continual["method"] == name], "stage", f"{score} {key}")
-            shift = (number - (len(names) - 1) / 2) * 0.05
+            shift = (number - (len(names) - 1) / 2) * 0.08
             ax.errorbar(
-                own.index + shift, own["rate"], yerr=_reach(own), fmt="-", capsize=2, linewidth=1.2,
-                marker=MANY_MARKERS[number], color=shades[number], markeredgecolor="black",
+                own.index + shift, own["rate"], yerr=_reach(own), fmt=LINES[number % len(LINES)],
+                color=COLOURS[number % len(COLOURS)], marker=MANY_MARKERS[number], markersize=6,
+                markeredgecolor="black", markeredgewidth=0.7, capsize=2, linewidth=1.4,
                 label=continual_label(name),
             )  # fmt: skip
         stages = sorted(continual["stage"].unique())
@@ -276,7 +284,7 @@ def remaining(remains: pd.DataFrame, score: str) -> Figure:
         for title, metric in list(GAINS.items())[:2]
     }
     models = {BASE: ("o", LIGHT), SAFEPATCHING: ("D", DARK)}
-    figure, axes = _panels(2, 2, width=9, height=6.4)
+    figure, axes = _panels(2, 2, width=WIDE, height=6)
     for ax, (title, (metric, by)) in zip(axes, panels.items(), strict=True):
         part = table[(table["metric"] == metric) & (table["by"] == by)]
         cells = list(dict.fromkeys(part["cell"]))
@@ -407,8 +415,7 @@ def _maps(sweeps: pd.DataFrame, sweep: str, axes_of: Mapping[str, str], score: s
         "broken %": own[f"{score} broken"],
     }
     (down, down_label), (across, across_label) = axes_of.items()
-    side = max(own[down].nunique(), own[across].nunique())
-    figure, axes = _panels(1, 3, width=2.4 + 1.5 * side, height=1.4 + 0.42 * side, sharey=True)
+    figure, axes = _map_panels(own[across].nunique(), own[down].nunique())
     for ax, (title, values) in zip(axes, panels.items(), strict=True):
         cells = (
             own.assign(value=values).groupby([down, across])["value"].agg(["mean", "min", "max"])
@@ -416,16 +423,26 @@ def _maps(sweeps: pd.DataFrame, sweep: str, axes_of: Mapping[str, str], score: s
         texts = [_with_range(*cell) for cell in cells.itertuples(index=False)]
         grid = cells["mean"].unstack()
         sns.heatmap(
-            grid, ax=ax, cmap=HEAT, vmin=0, vmax=100, linewidths=0.5, fmt="",
-            annot=cells.assign(text=texts)["text"].unstack().fillna(""),
-            annot_kws={"size": 6.5}, cbar=ax is axes[-1], cbar_kws={"label": "%"},
+            grid, ax=ax, cmap=HEAT, vmin=0, vmax=100, linewidths=0.5, fmt="", cbar=False,
+            annot=cells.assign(text=texts)["text"].unstack().fillna(""), annot_kws={"size": 6.5},
             xticklabels=[f"{value:g}" for value in grid.columns],
             yticklabels=[f"{value:g}" for value in grid.index],
         )  # fmt: skip
-        ax.set(title=title, xlabel=across_label, ylabel=down_label if ax is axes[0] else "")
+        first = ax.get_subplotspec().is_first_col()
+        ax.set(title=title, xlabel=across_label, ylabel=down_label if first else "")
         ax.tick_params(axis="both", rotation=0)
         ax.invert_yaxis()  # small values below, as on any axis
+    figure.colorbar(axes[0].collections[0], ax=axes, label="%", aspect=30)
     return figure
+
+
+def _map_panels(across: int, down: int):
+    """Three maps side by side; two above one where they have many columns."""
+    if across <= 5:
+        return _panels(1, 3, width=WIDE, height=1.2 + 0.42 * down, sharey=True)
+    figure, axes = _panels(2, 2, width=WIDE, height=1.6 + 0.72 * down)
+    axes[3].remove()
+    return figure, axes[:3]
 
 
 def _with_range(mean: float, low: float, high: float) -> str:
