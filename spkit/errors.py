@@ -1,5 +1,8 @@
 """The one exception type that the kit raises for a mistake a user can mend."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 LONGEST = 3_000  # characters; about a page
 
 
@@ -22,3 +25,21 @@ def _cut(text: str) -> str:
 def _visible(character: str) -> str:
     shown = character == "\n" or character.isprintable()
     return character if shown else character.encode("unicode_escape").decode()
+
+
+@contextmanager
+def needs(what: str, extra: str) -> Iterator[None]:
+    """`with needs("spkit ask", "notebooks"): import torch`: a missing library becomes a sentence.
+
+    extra: the group of pyproject.toml's optional dependencies that brings it. A module of spkit's
+    own that is missing is a fault of the kit, and stays what it is.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "spkit":
+            raise
+        raise SpkitError(
+            f"{what} needs {error.name.partition('.')[0]}, which is not installed here: "
+            f"pip install '.[{extra}]' in the folder of spkit's pyproject.toml"
+        ) from None

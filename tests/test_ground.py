@@ -26,12 +26,31 @@ CONSTRAINTS = pins((ROOT / "constraints.txt").read_text(encoding="utf-8").splitl
 ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
 
 
-def requirements(names=("run", "eval", "dev")) -> list[Requirement]:
-    return [Requirement(line) for line in PROJECT["dependencies"] + sum(map(EXTRAS.get, names), [])]
+def requirements(extra="all") -> list[Requirement]:
+    """The dependencies and those of an extra, with those of the extras that it names."""
+    found = [Requirement(line) for line in (*PROJECT["dependencies"], *EXTRAS[extra])]
+    inner = [name for r in found if r.name == PROJECT["name"] for name in sorted(r.extras)]
+    found = [r for r in found if r.name != PROJECT["name"]]
+    known = {r.name for r in found}
+    for name in inner:
+        more = [r for r in requirements(name) if r.name not in known]
+        found, known = found + more, known | {r.name for r in more}
+    return found
+
+
+def test_all_is_every_extra():
+    every = {r.name for name in EXTRAS for r in requirements(name)}
+    assert {r.name for r in requirements()} == every > {"torch", "snakemake", "ruff", "lm-eval"}
+
+
+def test_the_core_is_light():
+    """What patch files need, and no more: neither torch nor Jupyter nor bitsandbytes."""
+    core = "blake3 numpy pydantic pyyaml rich safetensors tqdm typer zstandard".split()
+    assert sorted(Requirement(line).name for line in PROJECT["dependencies"]) == core
 
 
 def test_constraints_pin_every_dependency_to_a_version_that_it_allows():
-    for requirement in requirements(("run", "eval", "dev", "tune")):
+    for requirement in requirements():
         pin = CONSTRAINTS[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(pin), requirement
     assert CONSTRAINTS["torch"] == "2.13.0"

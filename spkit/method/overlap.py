@@ -20,7 +20,7 @@ from torch import Tensor
 from spkit.method.importance import Scores
 from spkit.method.patching import intersection_set
 from spkit.method.safepatching import Sets
-from spkit.models.weights import place
+from spkit.models.checkpoint_files import place
 
 RATES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 FINE, COARSE = 20, 16  # bits of a positive fp32 that name its bin: exponent first, then mantissa

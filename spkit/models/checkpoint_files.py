@@ -15,7 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from spkit.errors import SpkitError
+from spkit.errors import SpkitError, needs
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # weights in other formats, among them pickles: never copied
@@ -41,8 +41,9 @@ def local_folder(source: str | Path, revision: str | None = None) -> Path:
     if not is_hub_id(str(source)):
         what = "there is no such folder, and it is no hub id (owner/name)"
         raise SpkitError(f"The checkpoint {str(source)!r} cannot be read: {what}.")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    with needs("A checkpoint of the hub", "hub"):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=WANTED))
@@ -54,6 +55,13 @@ def local_folder(source: str | Path, revision: str | None = None) -> Path:
 def is_hub_id(name: str) -> bool:
     """Whether it is spelt like one: owner/name, or a name alone."""
     return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None
+
+
+def place(tensor: str) -> dict[str, str | int]:
+    """Layer number (-1 outside of the layers) and module of "model.layers.3.mlp.up_proj.weight"."""
+    layer = re.search(r"\.(\d+)\.", tensor)
+    module = tensor.removesuffix(".weight").rpartition(".")[2]
+    return {"tensor": tensor, "layer": int(layer[1]) if layer else -1, "module": module}
 
 
 def tensor_files(folder: str | Path) -> dict[str, Path]:

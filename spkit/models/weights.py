@@ -5,7 +5,6 @@ Everything in this kit names a weight matrix by its tensor name in the checkpoin
 wrapped by PEFT. This file is where the two worlds meet.
 """
 
-import re
 from collections.abc import Sequence
 
 import torch
@@ -13,13 +12,6 @@ from torch import nn
 
 from spkit.errors import SpkitError
 from spkit.models.nf4 import decoded
-
-
-def place(tensor: str) -> dict[str, str | int]:
-    """Layer number (-1 outside of the layers) and module of "model.layers.3.mlp.up_proj.weight"."""
-    layer = re.search(r"\.(\d+)\.", tensor)
-    module = tensor.removesuffix(".weight").rpartition(".")[2]
-    return {"tensor": tensor, "layer": int(layer[1]) if layer else -1, "module": module}
 
 
 def guard_nf4(model: nn.Module) -> None:

@@ -28,7 +28,8 @@ def add_deltas(
 
     deltas: {tensor name: float32 [out, in]} (torch on the CPU or numpy), read one at a time a
     thread. identity: names the deltas; a folder that was cut is resumed for the same ones alone.
-    Equal bit for bit to models/deltas.add_delta in memory. SpkitError for a tensor that the
+    Equal bit for bit to models/deltas.add_delta in memory. The result's `count` is the number of
+    non-zero deltas that change nothing in the checkpoint's dtype. SpkitError for a tensor that the
     checkpoint does not have, another shape, a dtype that is no float, or a sum that is not finite.
     """
     found = headers(source)
@@ -49,14 +50,16 @@ class Adding:
             what = f"it has the shape {list(delta.shape)}, the checkpoint's is {about['shape']}"
             raise SpkitError(f"The delta of {name!r} cannot be added: {what}.")
         self.name, self.dtype = name, about["dtype"]
-        self.left = delta.reshape(-1)
+        self.left, self.lost = delta.reshape(-1), 0
 
     def block(self, bits: np.ndarray) -> np.ndarray:
         part, self.left = self.left[: len(bits)], self.left[len(bits) :]
         try:
-            return floats.patched(bits, part, self.dtype)
+            after = floats.patched(bits, part, self.dtype)
         except ValueError as error:
             raise SpkitError(f"The delta of {self.name!r} cannot be added: {error}.") from None
+        self.lost += int(((after == bits) & (part != 0)).sum())
+        return after
 
     def close(self) -> int:
-        return 0
+        return self.lost

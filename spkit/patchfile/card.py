@@ -1,13 +1,15 @@
 """A model card for a patch, or for a checkpoint made with it: results, limits, hazards, licence.
 
 All figures are those of the patch's own evaluation record; nothing is measured here. The YAML head
-is made by huggingface_hub, so that hubs read it.
+has the keys that hubs read.
 """
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from spkit.errors import SpkitError
 from spkit.patchfile.file import PatchFile
@@ -73,20 +75,18 @@ def card_text(
     license: str | None = None,
 ) -> str:
     """The card as markdown with a YAML head."""
-    from huggingface_hub import ModelCardData
-
-    head = ModelCardData(
-        base_model=base_model or manifest.backbone.name,
-        license=license,
-        library_name="transformers",
-        tags=["safety-patch", "safepatching", "post-safety-alignment"],
-    )
+    head = {
+        "base_model": base_model or manifest.backbone.name,
+        "library_name": "transformers",
+        **({} if license is None else {"license": license}),
+        "tags": ["safety-patch", "safepatching", "post-safety-alignment"],
+    }
     backbone, seed = manifest.backbone, manifest.method.get("seed")
     at = f" at revision `{_cell(backbone.revision)}`" if backbone.revision else ""
     kept = f"{manifest.kept:,} of {manifest.weights:,} weights"
     name = _cell(name)
     parts = [
-        f"---\n{head.to_yaml()}\n---",
+        f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---",
         f"# A safety patch for {_cell(backbone.name)}",
         f"It changes {kept} ({100 * manifest.kept / manifest.weights:.2f} %) in "
         f"{len(manifest.tensors)} matrices of {_cell(backbone.name)}{at} "
@@ -159,10 +159,21 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _table(rows: list[Mapping[str, Any]]) -> str:
-    from tabulate import tabulate
-
-    cells = [{_cell(key): _cell(value) for key, value in row.items()} for row in rows]
-    return tabulate(cells, headers="keys", tablefmt="pipe", disable_numparse=True) if cells else ""
+    """A table of markdown; a row that lacks a key has an empty cell there."""
+    if not rows:
+        return ""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    head = [_cell(key) for key in keys]
+    cells = [[_cell(row.get(key)) for key in keys] for row in rows]
+    widths = [len(title) + 2 for title in head]
+    for row in cells:
+        widths = [max(width, len(text)) for width, text in zip(widths, row, strict=True)]
+    lines = ["|" + "|".join(f":{'-' * (width + 1)}" for width in widths) + "|"]
+    for row in (head, *cells):
+        padded = (text.ljust(width) for text, width in zip(row, widths, strict=True))
+        lines.append(f"| {' | '.join(padded)} |")
+    lines[0], lines[1] = lines[1], lines[0]  # the rule comes after the head
+    return "\n".join(lines)
 
 
 def _cell(value: Any) -> str:

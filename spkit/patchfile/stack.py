@@ -12,12 +12,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pandas as pd
 from tqdm.auto import tqdm
 
-from spkit.errors import SpkitError
+from spkit.errors import SpkitError, needs
 from spkit.models.checkpoint_files import local_folder
 from spkit.patchfile.apply import Patching, check_fit
 from spkit.patchfile.file import PatchFile
@@ -28,7 +28,7 @@ from spkit.patchfile.make import About, Writer, patch_writer
 class Stacked:
     """What `stack` made. path, patch: the new file and its id. kept: weights that it moves.
 
-    overlaps: a row for each pair of stages (Overlaps.table).
+    pairs: a row for each pair of stages (Overlaps.rows); `overlaps` is its pandas frame.
     """
 
     path: str
@@ -36,7 +36,15 @@ class Stacked:
     patches: int
     tensors: int
     kept: int
-    overlaps: pd.DataFrame
+    pairs: list[dict[str, Any]]
+
+    @property
+    def overlaps(self):
+        """The pairs as a pandas frame, which needs pandas."""
+        with needs("A table as a pandas frame", "notebooks"):
+            import pandas as pd
+
+        return pd.DataFrame(self.pairs)
 
 
 def stack(
@@ -72,7 +80,7 @@ def stack(
             patches=len(stages),
             tensors=len(names),
             kept=writer.manifest.kept,
-            overlaps=overlaps.table(),
+            pairs=overlaps.rows(),
         )
 
 
@@ -114,9 +122,9 @@ class Overlaps:
         for i, j in combinations(found, 2):
             self.both[i, j] += len(np.intersect1d(found[i], found[j], assume_unique=True))
 
-    def table(self) -> pd.DataFrame:
+    def rows(self) -> list[dict[str, Any]]:
         """Stages count from 1. share: of the smaller stage's weights."""
-        rows = [
+        return [
             {
                 **{"first": i + 1, "second": j + 1, "kept_first": self.kept[i]},
                 **{"kept_second": self.kept[j], "both": both},
@@ -124,7 +132,6 @@ class Overlaps:
             }
             for (i, j), both in self.both.items()
         ]
-        return pd.DataFrame(rows)
 
 
 def _about(stages: list[PatchFile]) -> About:

@@ -17,14 +17,15 @@ import tiny
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from spkit.models.checkpoint import write_patched
 from transformers import AutoModelForCausalLM
 
 from spkit.errors import SpkitError
-from spkit.method.patching import add_delta, compose, merged_delta, retention_mask
+from spkit.method.patching import merged_delta, retention_mask
 from spkit.models.checkpoint_files import INDEX, SINGLE, tensor_files
+from spkit.models.deltas import add_delta
 from spkit.models.weights import target_weights
 from spkit.patchfile import apply, floats, revert, stack, verify
+from spkit.patchfile.add import add_deltas
 from spkit.patchfile.encoding import BLOCK
 from spkit.patchfile.file import PatchFile
 from spkit.patchfile.make import About, config_sha256, make_patch
@@ -142,23 +143,24 @@ def test_made_saved_and_applied_is_composed_in_memory(case, dtype, shards, tmp_p
     before, four = tensors(source), parts(case)
     assert ("lm_head.weight" in before) == (case != "Gemma")
     expected = {
-        name: compose(old, *four[name], ALPHA, BETA) if name in four else old
+        name: add_delta(old, merged_delta(*four[name], ALPHA, BETA)) if name in four else old
         for name, old in before.items()
     }
     assert_equal_bits(tensors(made), expected)
     assert not any(torch.equal(expected[name], before[name]) for name in four)
 
-    written = write_patched(source, deltas, tmp_path / "written")
+    written = add_deltas(source, deltas, tmp_path / "written", identity="test")
+    moved = sum(int((delta != 0).sum()) for delta in deltas.values())
     assert plain.contents(made) == plain.contents(tmp_path / "written")
-    assert (done.tensors, done.kept, done.lost) == (14, written.moved, written.lost)
-    assert (manifest.kept, manifest.lost) == (written.moved, written.lost)
+    assert (done.tensors, done.kept, done.lost) == (14, moved, written.count)
+    assert (manifest.kept, manifest.lost) == (moved, written.count)
     assert done.lost > 0 and done.dtype == DTYPES[dtype] and done.folder == str(made)
     assert torch.equal(logits(made), logits(tmp_path / "written"))
     assert not torch.equal(logits(made), logits(source))
 
     back = revert(path, made, tmp_path / "back")
     assert plain.contents(tmp_path / "back") == without_pickles(plain.contents(source))
-    assert (back.source, back.kept, back.tensors) == ("patch", written.moved, 14)
+    assert (back.source, back.kept, back.tensors) == ("patch", moved, 14)
 
 
 @pytest.mark.parametrize("out", list(DTYPES))
@@ -302,7 +304,7 @@ def test_lost_by_hand(tmp_path):
     }
     done = apply(path, source, tmp_path / "made")
     assert (done.kept, done.lost, done.dtype) == (9, 4, "BF16, F16, F32")
-    assert write_patched(source, deltas, tmp_path / "written").lost == 4
+    assert add_deltas(source, deltas, tmp_path / "written", identity="test").count == 4
     made = tensors(tmp_path / "made")
     assert made["a"].tolist() == [[1.0, 1 + 2.0**-7, 1.0, 1 - 2.0**-8]]
     assert made["d"].tolist() == [[5.0, 0.0, -1.0]]
@@ -877,7 +879,7 @@ def test_no_patched_twice(backbone, tmp_path):
     deltas = plain.deltas()
     path = plain.patch(tmp_path / "p", backbone)
     apply(path, backbone, tmp_path / "once")
-    write_patched(tmp_path / "once", deltas, tmp_path / "twice")
+    add_deltas(tmp_path / "once", deltas, tmp_path / "twice", identity="test")
     assert wrong(verify(path, None, tmp_path / "twice"))[0] == MADE
     assert wrong(verify(path, backbone, tmp_path / "twice"))[0] == MADE
     assert wrong(verify(path, tmp_path / "once", None))[0] == ITS_OWN

@@ -12,7 +12,7 @@ import zstandard
 from hypothesis import given, settings
 
 from spkit.errors import SpkitError
-from spkit.method.patching import add_delta
+from spkit.models.deltas import add_delta
 from spkit.patchfile import encoding, floats
 from spkit.patchfile.encoding import BLOCK, compress, decompress
 from spkit.patchfile.file import Kept, PatchFile, header

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from spkit.config import Config, load_params
-from spkit.data import selection as data
 from spkit.errors import SpkitError
 from spkit.evaluation.rates import COLUMNS
 from spkit.running import seeds
 from spkit.running.runs import stage_folder
+from spkit.sandbox import backbone
 from spkit.sandbox.backbone import sandbox_recipe
 from spkit.sandbox.ship import ship
 
@@ -103,23 +103,27 @@ def test_what_is_missing_is_said(runs):
 def test_a_shipped_backbone_is_used_for_its_own_recipe_only(tmp_path, monkeypatch):
     micro = PARAMS / "micro.yaml"
     ship(micro, tmp_path / "weights")
-    monkeypatch.setattr(data, "SHIPPED", tmp_path / "weights")
+    monkeypatch.setattr(backbone, "SHIPPED", tmp_path / "weights")
     config = load_params(micro, {"sandbox.weights": "shipped"})
-    assert data._shipped_recipe() == sandbox_recipe(config)
-    copied = data.prepare_backbone(config, tmp_path / "copy")
+    assert backbone._shipped_recipe() == sandbox_recipe(config)
+    copied = backbone.prepare_backbone(config, tmp_path / "copy")
     same = (tmp_path / "weights" / "model.safetensors").read_bytes()
     assert (copied / "model.safetensors").read_bytes() == same
     assert not (copied / "recipe.json").exists()
     other = load_params(micro, {"sandbox.weights": "shipped", "seed": 1})
-    trained = data.prepare_backbone(other, tmp_path / "other")
+    trained = backbone.prepare_backbone(other, tmp_path / "other")
     assert (trained / "model.safetensors").read_bytes() != same
 
 
 def test_the_shipped_backbone_is_that_of_the_params_file():
-    assert data._shipped_recipe() == sandbox_recipe(load_params(PARAMS / "sandbox.yaml"))
-    weights = data.SHIPPED / "model.safetensors"
+    assert backbone._shipped_recipe() == sandbox_recipe(load_params(PARAMS / "sandbox.yaml"))
+    weights = backbone.SHIPPED / "model.safetensors"
     assert weights.stat().st_size < 16 * 2**20
-    assert {path.suffix for path in data.SHIPPED.iterdir()} == {".safetensors", ".json", ".jinja"}
+    assert {path.suffix for path in backbone.SHIPPED.iterdir()} == {
+        ".safetensors",
+        ".json",
+        ".jinja",
+    }
 
 
 def test_another_backbone_cannot_be_shipped(tmp_path):
