@@ -30,29 +30,25 @@ READY := $(VENV)/.spkit-installed
 
 .PHONY: walkthrough seeds experiment report publish backbone test fuzz lint lab clean distclean
 
-# --nolock: a killed run would leave a lock behind, and the next one is to go on from there
 walkthrough: $(READY)
-	$(BIN)/snakemake --cores $(CORES) --rerun-incomplete --nolock --quiet progress host reason --config \
-	  params=$(PARAMS) $(if $(SEED),seed=$(SEED)) $(if $(RUN),run_name=$(RUN))
-	$(BIN)/python -m spkit.running.summary $(PARAMS) \
+	$(BIN)/spkit run $(PARAMS) --cores $(CORES) \
 	  $(if $(SEED),--seed $(SEED)) $(if $(RUN),--run-name $(RUN))
 
 seeds: $(READY)
-	for seed in $(SEEDS); do $(MAKE) walkthrough SEED=$$seed || exit 1; done
-	$(BIN)/python -m spkit.running.seeds $(PARAMS) $(SEEDS) $(if $(RUN),--run-name $(RUN))
+	$(BIN)/spkit seeds $(PARAMS) $(SEEDS) --cores $(CORES) $(if $(RUN),--run-name $(RUN))
 
-# goes on where it was cut, and ends with notebook 05 executed on the new tables
+# resumes after an interruption, and ends with notebook 05 executed on the new tables
 experiment: $(READY)
-	$(BIN)/python -m spkit.comparison.run $(PARAMS) --budget $(BUDGET) --jobs $(JOBS)
+	$(BIN)/spkit experiment $(PARAMS) --budget $(BUDGET) --jobs $(JOBS)
 
 report: $(READY)
-	@$(BIN)/python -m spkit.comparison.publish $(TABLES)
+	@$(BIN)/spkit report $(TABLES)
 
 # after a full experiment: its tables become the committed ones, and the pages that show them are filled
 publish: $(READY)
 	mkdir -p docs/experiment && cp outputs/experiment/full/tables/*.csv docs/experiment/
-	$(BIN)/python -m spkit.comparison.publish docs/experiment > docs/experiment/report.md
-	$(BIN)/python -m spkit.comparison.publish docs/experiment --into README.md docs/choosing.md
+	$(BIN)/spkit report docs/experiment > docs/experiment/report.md
+	$(BIN)/spkit report docs/experiment --into README.md --into docs/choosing.md
 
 backbone: $(READY)
 	$(BIN)/python -m spkit.sandbox.ship $(PARAMS)
@@ -82,5 +78,5 @@ distclean: clean
 # installed again whenever the dependencies change
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[run,eval,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all]'
 	touch $@

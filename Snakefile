@@ -1,4 +1,4 @@
-# The graph of notebooks: one rule a notebook, run by papermill. `make walkthrough` calls it; by hand:
+# The graph of notebooks: one rule a notebook, run by papermill. `spkit run` calls it; by hand:
 #
 #   snakemake --cores 2 --config params=params/sandbox.yaml seed=1 "overrides={patching.alpha: 2.0}"
 #
@@ -20,7 +20,7 @@ import yaml
 from spkit.config import load_params
 from spkit.errors import SpkitError
 from spkit.system.files import atomic
-from spkit.running.notebook import why_failed
+from spkit.running.notebook import differing, why_failed
 from spkit.running.runs import NOTEBOOKS, STAGES, Run, run_folder, stage_folder, stamp
 from spkit.validation import nearest
 
@@ -45,6 +45,7 @@ except SpkitError as error:
 RUN = run_folder(CONFIG)
 LOG = RUN / "log"
 RESOLVED = RUN / "params.yaml"
+GIVEN = LOG / "parameters.yaml"  # what papermill puts into the notebooks: what is not as usual
 
 
 def record(stage):
@@ -52,8 +53,10 @@ def record(stage):
 
 
 onstart:
-    with atomic(RESOLVED) as path:
-        path.write_text(yaml.safe_dump(CONFIG.model_dump(mode="json"), sort_keys=False))
+    everything = CONFIG.model_dump(mode="json")
+    for place, values in ((RESOLVED, everything), (GIVEN, differing(CONFIG))):
+        with atomic(place) as path:
+            path.write_text(yaml.safe_dump(values, sort_keys=False))
 
 
 onerror:
@@ -103,4 +106,4 @@ for stage in STAGES:
         threads: CONFIG.threads or workflow.cores
         shell:
             "rm -f {log.notebook:q}; {PYTHON} -m papermill {input.notebook:q} {log.notebook:q}"
-            " -k python3 -f {RESOLVED:q} --no-progress-bar > {log.messages:q} 2>&1"
+            " -k python3 -f {GIVEN:q} --no-progress-bar > {log.messages:q} 2>&1"

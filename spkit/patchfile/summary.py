@@ -158,7 +158,9 @@ class Inspected:
         inside = [row for row in self.rows if row["layer"] >= 0]
         modules = list(dict.fromkeys(row["module"] for row in inside))
         columns = ["layer", "module", "share"]
-        return _frame(inside, columns).pivot(index="layer", columns="module", values="share")[modules]
+        return _frame(inside, columns).pivot(index="layer", columns="module", values="share")[
+            modules
+        ]
 
     def figure(self):
         """The map of layers and modules as a matplotlib figure."""

@@ -35,6 +35,7 @@ except ImportError:  # loaded by its path, before spkit is installed
 
 
 PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
+EXTRA = "notebooks"  # of pyproject.toml: what a notebook needs besides the core
 PINNED = re.compile(r"torch|torchvision|torchaudio|triton|numpy|nvidia-.*")
 COLAB = "https://colab.research.google.com"
 GIB = 2**30
@@ -52,20 +53,13 @@ USABLE = 0.9  # of the GPU's memory: the rest is lost to fragments and to others
 def first_cell() -> str:
     """The source of the first code cell of every notebook; a test holds the cells to it."""
     return """\
-# installs what is missing, on Colab for instance; does nothing where spkit is installed
-from importlib.util import find_spec
-from pathlib import Path
-from runpy import run_path
+# installs what is missing, on Colab for instance (first clone the repository and change into it)
+import sys
 
-_places = [p / "spkit" / "colab.py" for p in (Path.cwd(), *Path.cwd().parents)]
-_found = [place for place in _places if place.is_file()]
-if _found:
-    run_path(str(_found[0]))["prepare"]()
-elif find_spec("spkit") is None:
-    raise FileNotFoundError(
-        "no folder spkit here or above: clone the repository and change into it "
-        "(!git clone <its URL>, then %cd <its folder>), then run this cell again"
-    )"""
+sys.path += [".", ".."]
+from spkit.running.colab import prepare
+
+prepare()"""
 
 
 def prepare(pyproject: Path = PYPROJECT) -> None:
@@ -81,13 +75,14 @@ def prepare(pyproject: Path = PYPROJECT) -> None:
 
 
 def missing(pyproject: Path = PYPROJECT) -> list[str]:
-    """The requirements of [project].dependencies that no installed version satisfies.
+    """The requirements of the notebooks that no installed version satisfies.
 
-    An installed torch is never among them, whatever its version.
+    They are [project].dependencies and the extra `notebooks`, with the extras that it names. An
+    installed torch is never among them, whatever its version.
     """
     requirement = _requirement_class()
     found = []
-    for text in _project(pyproject).get("dependencies", []):
+    for text in _requirements(_project(pyproject)):
         wanted = requirement(text)
         if wanted.marker is not None and not wanted.marker.evaluate():
             continue
@@ -208,6 +203,19 @@ def _requirement_class() -> type:
                 "versions: python -m ensurepip"
             ) from None
     return Requirement
+
+
+def _requirements(project: dict[str, Any], extra: str = EXTRA) -> list[str]:
+    """The dependencies and those of an extra, whose references to extras are followed."""
+    own = rf"{re.escape(project.get('name', ''))}\[([\w,-]+)\]"
+    found = list(project.get("dependencies", []))
+    for text in project.get("optional-dependencies", {}).get(extra, []):
+        inner = re.fullmatch(own, text)
+        more = [text] if inner is None else []
+        for name in inner[1].split(",") if inner else ():
+            more += _requirements(project, name)
+        found += [line for line in more if line not in found]
+    return found
 
 
 def _project(pyproject: Path) -> dict[str, Any]:

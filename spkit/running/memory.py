@@ -432,6 +432,27 @@ def needs(config: Config, stage: str) -> pd.DataFrame:
     return table.round(2)
 
 
+def overview(config: Config) -> str:
+    """The peaks of all notebooks, a line each, what this machine can give, and what to lower.
+
+    SpkitError where the backbone's configuration cannot be read.
+    """
+    device = resolve_device(config.backbone.device)
+    here, shape = available(device), shape_of(config)
+    free = here["GPU GiB" if device == "cuda" else "host GiB"] * GIB
+    columns = list(here)
+    lines = [f"{'predicted peak':<28}" + "".join(f"{column:>12}" for column in columns)]
+    advice: list[str] = []
+    for stage in (name for name in STAGES if name[0].isdigit()):
+        table = predict(config, shape, stage, device, free)
+        peaks = (table.loc[PEAK, column] for column in columns)
+        lines.append(f"{stage.replace('_', ' '):<28}" + "".join(f"{peak:>12.2f}" for peak in peaks))
+        said = verdict(table, here, config)
+        advice += [] if said.startswith("fits") else [f"{stage[:2]} {said}"]
+    lines.append(f"{'here':<28}" + "".join(f"{here[column]:>12.2f}" for column in columns))
+    return "\n".join([*lines, "", *(advice or ["every notebook fits, predicted"])])
+
+
 def available(device: str) -> dict[str, float]:
     """GiB that this process can have in all: what is free and what it holds already."""
     found = {"host GiB": (free_memory("cpu") + own_memory()) / GIB}

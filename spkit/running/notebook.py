@@ -1,6 +1,6 @@
 """The first line of every notebook: check its parameters, fix all seeds, open its run folder.
 
-    from spkit.notebook import start
+    from spkit.running.notebook import start
     config, run = start("01_patch_derivation", globals())
 
 Works the same under papermill (from the repository's root), JupyterLab and nbclient (from
@@ -21,7 +21,7 @@ from spkit.config import Config
 from spkit.errors import SpkitError
 from spkit.running.runs import Run
 from spkit.system.determinism import make_deterministic
-from spkit.validation import nearest, refuse_tokens
+from spkit.validation import Section, nearest, refuse_tokens
 
 KEYS = [*Config.model_fields, "overrides"]
 LITERALS = (bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset, type(None))
@@ -41,10 +41,47 @@ def start(stage: str, namespace: Mapping[str, Any]) -> tuple[Config, Run]:
     _check_names(namespace)
     values = {key: namespace[key] for key in Config.model_fields if key in namespace}
     config = Config.from_sources(values, namespace.get("overrides"))
+    for remark in without_effect(config, namespace.get("overrides") or {}):
+        print(remark)
     make_deterministic(config.seed, config.threads)
+    without_loading_bars()
     run = Run(config, stage)
     print(f"{stage}: seed {config.seed}, results in {run.folder}")
     return config, run
+
+
+def differing(config: Config) -> dict[str, Any]:
+    """{name: value} of what is not as in params/sandbox.yaml, of sections the differing keys alone.
+
+    This is what papermill puts into a notebook: what is not named there is at its default.
+    """
+    return _differing(config, Config(), config.model_dump(mode="json"))
+
+
+def _differing(values: Section, usual: Section, plain: Mapping[str, Any]) -> dict[str, Any]:
+    found = {}
+    for name in type(values).model_fields:
+        mine, default = getattr(values, name), getattr(usual, name)
+        if isinstance(mine, Section):
+            if inner := _differing(mine, default, plain[name]):
+                found[name] = inner
+        elif mine != default:
+            found[name] = plain[name]
+    return found
+
+
+def without_effect(config: Config, given: Mapping[str, Any]) -> list[str]:
+    """A sentence for each of these overrides that changes nothing beside the other parameters."""
+    said = []
+    if "patching.alpha" in given and config.patching.balance is not None:
+        said.append(
+            f"patching.alpha has no effect here: alpha is found, because patching.balance is "
+            f"{config.patching.balance}; set patching.balance to null to use it"
+        )
+    if config.backbone.source != "sandbox":
+        for key in (key for key in given if key.startswith("sandbox.")):
+            said.append(f"{key} has no effect here: the backbone is {config.backbone.source}")
+    return said
 
 
 def repository_root() -> Path:
@@ -83,6 +120,18 @@ def _check_names(namespace: Mapping[str, Any]) -> None:
         )
 
 
+def without_loading_bars() -> None:
+    """Transformers shows a bar each time it loads weights: twenty of them in one notebook.
+
+    Downloads keep theirs.
+    """
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    enable_progress_bars()
+
+
 def _errors_in_one_sentence() -> None:
     """In IPython, show a SpkitError as its sentence; the traceback would bury it."""
     if "IPython" not in sys.modules:
@@ -102,7 +151,7 @@ def _errors_in_one_sentence() -> None:
 def why_failed(executed: str | Path) -> str:
     """One sentence on why an executed notebook ended early, from what papermill left of it."""
     path = Path(executed)
-    again = "the stages before it are kept, run the same command again to go on from here"
+    again = "the stages before it are kept, and the same command resumes here"
     try:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     except (OSError, ValueError, KeyError):

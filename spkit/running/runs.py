@@ -157,7 +157,7 @@ def _input_files(config: Config, sections: tuple[str, ...]) -> Iterator[tuple[st
 
 
 def _code(stage: str) -> Iterator[tuple[str, str]]:
-    """The notebook's code cells alone (neither text nor saved outputs matter), and their imports."""
+    """The notebook's code cells alone, without text or saved outputs, and what they import."""
     notebook = NOTEBOOKS / f"{stage}.ipynb"
     if notebook.is_file():
         cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]

@@ -1,13 +1,14 @@
 """The same walkthrough over several seeds: means, intervals, and paired differences from base.
 
-`python -m spkit.running.seeds params/x.yaml 0 1 2 3 4` reads the runs that `make seeds` made. A seed gives
-its own backbone, D_h, patches and retention masks, so the intervals (Student's t over the seeds)
-hold for "another run like these", not only for another set of prompts.
+`spkit seeds params/x.yaml 0 1 2 3 4` runs what is missing and shows this. A seed gives its own
+backbone, D_h, patches and retention masks, so the intervals (Student's t over the seeds) hold for
+"another run like these", not only for another set of prompts.
 """
 
-import argparse
-import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import pandas as pd
 from statsmodels.stats.weightstats import DescrStatsW
@@ -15,25 +16,28 @@ from tabulate import tabulate
 
 from spkit.config import load_params
 from spkit.errors import SpkitError
+from spkit.evaluation.labels import labelled
 from spkit.evaluation.rates import headline
 from spkit.running.runs import run_folder
 from spkit.running.summary import collect
 from spkit.system.files import save_csv
 
+Given = Mapping[str, Any]
 BASE = "base"
 NOTEBOOKS = ("00_backbone", "03_controllable_patching")
 CONFIDENCE = 0.95
 
 
-def per_seed(params: str, seeds: list[int], run_name: str | None = None) -> pd.DataFrame:
+def per_seed(
+    params: str | Path, seeds: list[int], given: Given = MappingProxyType({})
+) -> pd.DataFrame:
     """The headline figures in percent: one row per seed and model, in the models' order.
 
-    SpkitError where a seed has no results yet.
+    given: overrides. SpkitError where a seed has no results yet.
     """
-    named = {} if run_name is None else {"run_name": run_name}
     tables = {}
     for seed in seeds:
-        frame = collect(load_params(params, {"seed": seed, **named}))
+        frame = collect(load_params(params, {**given, "seed": seed}))
         frame = frame[frame["notebook"].isin(NOTEBOOKS)].astype({"n": int, "k": int})
         tables[seed] = headline(frame)
         if list(tables[seed].index) != list(tables[seeds[0]].index):
@@ -77,34 +81,30 @@ def markdown(table: pd.DataFrame, kind: str) -> str:
     return tabulate(wide, headers="keys", tablefmt="github", disable_numparse=True)
 
 
-def write(params: str, seeds: list[int], run_name: str | None = None) -> tuple[Path, pd.DataFrame]:
-    """Write seeds.csv (tidy) and per_seed.csv beside the seeds' folders; returns the first."""
-    named = {} if run_name is None else {"run_name": run_name}
-    folder = run_folder(load_params(params, named)).parent
-    figures = per_seed(params, seeds, run_name)
+def write(params: str | Path, seeds: list[int], given: Given = MappingProxyType({})):
+    """Write seeds.csv (tidy) and per_seed.csv beside the seeds' folders.
+
+    Returns the path of the first, its frame, and the patching section. given: overrides.
+    """
+    config = load_params(params, given)
+    folder = run_folder(config).parent
+    figures = per_seed(params, seeds, given)
     table = over_seeds(figures)
     save_csv(folder / "per_seed.csv", figures.reset_index())
-    return save_csv(folder / "seeds.csv", table), table
+    return save_csv(folder / "seeds.csv", table), table, config.patching
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m spkit.running.seeds", description=__doc__)
-    parser.add_argument("params", help="the runs' params file")
-    parser.add_argument("seeds", type=int, nargs="+", help="the seeds that have been run")
-    parser.add_argument("--run-name", help="instead of the file's")
-    given = parser.parse_args(arguments)
-    path, table = write(given.params, given.seeds, given.run_name)
-    listed = ", ".join(map(str, given.seeds))
-    print(f"Seeds {listed}: mean ± half of the {100 * CONFIDENCE:g} % interval, percent\n")
-    print(markdown(table, "rate"))
-    print("\nPaired difference from base, percentage points\n")
-    print(markdown(table, "minus base"))
-    print(f"\nAll rows: {path}")
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except SpkitError as error:
-        sys.exit(str(error))
+def report(params: str | Path, seeds: list[int], given: Given = MappingProxyType({})) -> str:
+    """Both tables as markdown, written by `write`; SpkitError where a seed has no results yet."""
+    path, table, patching = write(params, seeds, given)
+    table = labelled(table, patching)
+    listed, percent = ", ".join(map(str, seeds)), f"{100 * CONFIDENCE:g} %"
+    return "\n".join(
+        [
+            f"Seeds {listed}: mean ± half of the {percent} interval, percent\n",
+            markdown(table, "rate"),
+            "\nPaired difference from base, percentage points\n",
+            markdown(table, "minus base"),
+            f"\nAll rows: {path}",
+        ]
+    )

@@ -1,7 +1,7 @@
 """All results of one run in one table: results.csv of its stages, one below the other.
 
-`python -m spkit.running.summary params/x.yaml` writes it again and prints a short table. Numbers are only
-copied here, never computed.
+`python -m spkit.running.summary params/x.yaml` writes it, for the Snakefile, and prints the short
+table that `spkit run` ends with. Numbers are only copied here, never computed.
 """
 
 import argparse
@@ -9,13 +9,23 @@ import sys
 from pathlib import Path
 
 import pandas as pd
-from tabulate import tabulate
 
-from spkit.config import Config, load_params
+from spkit.config import Config, PatchingConfig, load_params
 from spkit.errors import SpkitError
+from spkit.evaluation.labels import labelled
 from spkit.evaluation.rates import COLUMNS, headline
 from spkit.running.runs import STAGES, read_record, run_folder, stage_folder
 from spkit.system.files import save_csv
+
+WIDTH = 9  # of a column of figures
+HEADS = (  # of evaluation.rates.HEADLINE
+    ("harmful", "seen"),
+    ("harmful", "unseen"),
+    ("broken,", "harmful"),
+    ("false", "refusal"),
+    ("broken,", "harmless"),
+    ("utility", ""),
+)
 
 
 def collect(config: Config) -> pd.DataFrame:
@@ -41,23 +51,38 @@ def write(config: Config) -> tuple[Path, pd.DataFrame]:
     return save_csv(path, frame), frame
 
 
-def short_table(frame: pd.DataFrame) -> str:
-    """The headline figures in percent, a row a notebook and model, for the terminal.
+def short_table(frame: pd.DataFrame, patching: PatchingConfig | None = None) -> str:
+    """The headline figures in percent, under a line for each notebook; 80 columns wide.
 
-    A column that `evaluation` does not know (the step of a continual run) is one more row key.
+    A column that `evaluation` does not know (the stage of a continual run) begins a part of its
+    own. patching: the run's, by which its method is called as everywhere else.
     """
-    keys = [name for name in frame if name not in COLUMNS]
+    parts = [name for name in frame if name not in COLUMNS]
     frame = frame.astype({"n": int, "k": int})
-    parts = []
-    for values, part in frame.groupby(keys, sort=False):
-        table = headline(part).rename_axis("model").reset_index()
-        for position, (key, value) in enumerate(zip(keys, values, strict=True)):
-            table.insert(position, key, value)
-        parts.append(table)
-    table = pd.concat(parts, ignore_index=True)
-    table = table.astype(object).where(table.notna(), None)  # tabulate would print "nan"
-    table.columns = [name.replace(" ", "\n") for name in table.columns]
-    return tabulate(table, headers="keys", showindex=False, floatfmt=".1f", missingval="")
+    rows: list[list[str]] = []
+    for values, part in frame.groupby(parts, sort=False):
+        notebook, *more = (f"{k} {v}" for k, v in zip(parts, values, strict=True) if v != "")
+        title = notebook.removeprefix("notebook ").replace("_", " ").replace("psa", "PSA")
+        rows.append([", ".join([title, *more])])
+        figures = headline(part) if patching is None else labelled(headline(part), patching)
+        for model, cells in figures.iterrows():
+            shown = ("" if pd.isna(cell) else f"{cell:.1f}" for cell in cells)
+            rows.append([f"  {model}", *shown])
+    return _lined_up(rows)
+
+
+def _lined_up(rows: list[list[str]]) -> str:
+    """The rows under the two lines of HEADS; a row of one cell is the title of a part."""
+    first = max(len(row[0]) for row in rows if len(row) > 1)
+    lines = [
+        "percent".ljust(first) + "".join(head[0].rjust(WIDTH) for head in HEADS),
+        " " * first + "".join(head[1].rjust(WIDTH) for head in HEADS),
+    ]
+    for name, *cells in rows:
+        if not cells:
+            lines.append("")
+        lines.append((name.ljust(first) + "".join(cell.rjust(WIDTH) for cell in cells)).rstrip())
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -70,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
     params = given.pop("params")
     config = load_params(params, {key: value for key, value in given.items() if value is not None})
     path, frame = write(config)
-    print(f"{short_table(frame)}\n\nAll rows, with intervals: {path}")
+    print(f"{short_table(frame, config.patching)}\n\nAll rows, with intervals: {path}")
 
 
 if __name__ == "__main__":

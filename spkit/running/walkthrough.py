@@ -1,0 +1,283 @@
+"""All notebooks of a params file, by Snakemake, with progress that fits a terminal.
+
+    config = run("params/sandbox.yaml", {"seed": 1}, cores=2)
+
+Snakemake's own messages go to <run folder>/log/snakemake.txt. What is shown here is read off the
+run folder: a notebook has begun when its messages file is new, and is done when its stamp is there.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from spkit.config import Config, SandboxConfig, load_params
+from spkit.errors import SpkitError
+from spkit.running.notebook import repository_root, why_failed, without_effect
+from spkit.running.runs import STAGES, Run, read_record, run_folder, stage_folder, stamp
+from spkit.system.files import atomic, make_folder
+
+# seconds on two cores, one thread a notebook; used where no run has been timed yet
+SANDBOX_SECONDS = dict(zip(STAGES, (10, 35, 14, 25, 90, 18), strict=True))
+OWNER = "params_file.txt"  # in the run's log folder: which params file made what is there
+SECONDS_BETWEEN_LOOKS = 0.2
+SECONDS_TO_END = 5  # what an interrupted notebook gets before it is killed
+
+
+def overrides(options: Sequence[str], **top_level: Any) -> dict[str, Any]:
+    """{dotted key: value} of options such as "patching.beta=1.5", and of what is not None.
+
+    A value is read as YAML, as in a params file. SpkitError for an option without "=".
+    """
+    given = {}
+    for option in options:
+        key, equals, text = option.partition("=")
+        if not equals or not key:
+            raise SpkitError(f"-o {option}: expected key=value, such as -o patching.beta=1.5")
+        try:
+            given[key] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise SpkitError(f"-o {option}: {text!r} is no value in YAML") from None
+        if isinstance(given[key], str):
+            given[key] = _number(given[key])
+    return given | {key: value for key, value in top_level.items() if value is not None}
+
+
+def _number(text: str) -> float | str:
+    """1e-4 is a text in YAML, which wants a dot in it."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def run(
+    params: str | Path, given: Mapping[str, Any], *, cores: int = 2, overwrite: bool = False
+) -> Config:
+    """Run every notebook that is not done yet, then write the table of results.
+
+    given: overrides. overwrite: also where another params file made the results that are replaced.
+    The working folder becomes the repository's root. SpkitError says which notebook failed and why.
+    """
+    config, params = load_params(params, given), Path(params).resolve()
+    os.chdir(repository_root())
+    if not Path("Snakefile").is_file():
+        raise SpkitError(
+            "there is no Snakefile here or above: change into a clone of the repository, "
+            "where the notebooks are"
+        )
+    for remark in without_effect(config, given):
+        print(remark)
+    Run.restore(config)  # what a mirror holds and this machine lacks
+    planned = Planned(config)
+    _require_owner(config, params, planned, overwrite)
+    print(planned.opening(os.path.relpath(params)), flush=True)
+    if planned.todo or not _table_is_new(config):
+        _remember_owner(config, params)
+        _run_snakemake(config, planned, cores)
+    return config
+
+
+class Planned:
+    """The notebooks that are to run, and what is known of their times."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.stamps = {stage: stamp(config, stage) for stage in STAGES}
+        self.todo = [stage for stage in STAGES if not self.stamps[stage].exists()]
+        self.seconds = {stage: _expected(config, stage) for stage in self.todo}
+        self.began: dict[str, float] = {}  # by time.monotonic, in the order in which they began
+        self.done: list[str] = []
+
+    def opening(self, params: str) -> str:
+        """One line: what runs, and for how long."""
+        where = f"{params}: {run_folder(self.config)}"
+        if not self.todo:
+            return f"{where}: nothing to be done, all {len(STAGES)} notebooks are there"
+        return f"{where}: {len(self.todo)} of {len(STAGES)} notebooks to run"
+
+    def title(self, stage: str) -> str:
+        """ "[2/6] 01 patch derivation"; numbered as they began."""
+        number = list(self.began).index(stage) + 1
+        return f"[{number}/{len(self.todo)}] {stage.replace('_', ' ')}"
+
+    def left(self, together: int) -> str:
+        """How long the rest takes, in words; "" where a notebook has never been timed here.
+
+        together: how many notebooks run at the same time.
+        """
+        rest = {}
+        for stage in (stage for stage in self.todo if stage not in self.done):
+            if self.seconds[stage] is None:
+                return ""
+            passed = time.monotonic() - self.began.get(stage, time.monotonic())
+            rest[stage] = max(1.0, self.seconds[stage] - passed)
+        longest: dict[str, float] = {}  # until it is done, where nothing waits for a core
+        for stage, seconds in rest.items():
+            before = [longest[need] for need in STAGES[stage].needs if need in longest]
+            longest[stage] = seconds + max(before, default=0.0)
+        whole = max(max(longest.values(), default=0.0), sum(rest.values()) / together)
+        return f"about {duration(whole)} left" if rest else ""
+
+
+def duration(seconds: float) -> str:
+    """ "40 s", "3 min", "2.5 h"."""
+    if seconds < 90:
+        return f"{max(5, 5 * round(seconds / 5))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _expected(config: Config, stage: str) -> float | None:
+    """Seconds of this notebook: the last time, of another seed, or as measured on the sandbox."""
+    folder = stage_folder(config, stage)
+    for path in (folder, *sorted(folder.parents[1].glob(f"seed-*/{stage}"))):
+        try:
+            return float(json.loads((path / "record.json").read_text("utf-8"))["seconds"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # none, or no record that could be read
+    plain = config.backbone.source == "sandbox" and config.sandbox == SandboxConfig()
+    return SANDBOX_SECONDS[stage] if plain else None
+
+
+# ---- whose results these are ---------------------------------------------------------------------
+
+
+def _require_owner(config: Config, params: Path, planned: Planned, overwrite: bool) -> None:
+    """SpkitError where results would be replaced that another params file has made."""
+    note = run_folder(config) / "log" / OWNER
+    finished = [stage for stage in planned.todo if read_record(config, stage) is not None]
+    if overwrite or not finished or not note.is_file():
+        return
+    owner = note.read_text(encoding="utf-8").strip()
+    if _name(params) not in (owner, _name(run_folder(config) / "params.yaml")):
+        raise SpkitError(
+            f"{run_folder(config)} holds the results of {owner}, and {_name(params)} would replace "
+            f"them: give it a run_name of its own, or replace them with --overwrite"
+        )
+
+
+def _remember_owner(config: Config, params: Path) -> None:
+    folder = make_folder(run_folder(config) / "log")
+    if params != (run_folder(config) / "params.yaml").resolve():
+        with atomic(folder / OWNER) as path:
+            path.write_text(_name(params) + "\n", encoding="utf-8")
+
+
+def _name(path: Path) -> str:
+    """From the repository's root where it is in there."""
+    path, root = path.resolve(), Path.cwd()
+    return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
+
+
+# ---- Snakemake -----------------------------------------------------------------------------------
+
+
+def _table_is_new(config: Config) -> bool:
+    """Whether results.csv is younger than every record."""
+    table = run_folder(config) / "results.csv"
+    records = [stage_folder(config, stage) / "record.json" for stage in STAGES]
+    times = [path.stat().st_mtime_ns for path in records if path.is_file()]
+    return table.is_file() and table.stat().st_mtime_ns >= max(times, default=0)
+
+
+def _run_snakemake(config: Config, planned: Planned, cores: int) -> None:
+    resolved = run_folder(config) / "params.yaml"
+    with atomic(resolved) as path:
+        path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    # --nolock: a killed run would leave a lock behind, and the next one is to resume there
+    command = [sys.executable, "-m", "snakemake", "--cores", str(cores), "--rerun-incomplete"]
+    command += ["--nolock", "--quiet", "progress", "host", "reason"]
+    command += ["--config", f"params={resolved}"]
+    log = run_folder(config) / "log" / "snakemake.txt"
+    together = max(1, cores // (config.threads or cores))
+    with log.open("w", encoding="utf-8") as file, _child(command, file) as child:
+        _watch(child, planned, together)
+    if child.returncode:
+        raise SpkitError(_why(planned, log))
+
+
+@contextmanager
+def _child(command: list[str], file) -> Iterator[subprocess.Popen]:
+    """Snakemake, which ends together with its notebooks when this process is interrupted.
+
+    It is in this process's group, so that whoever kills the group leaves nothing behind.
+    """
+
+    def interrupt(*_) -> None:
+        raise KeyboardInterrupt
+
+    child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield child
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if child.poll() is None:
+            _end(child)
+
+
+def _end(child: subprocess.Popen) -> None:
+    """Snakemake and its notebooks; what does not end by itself is killed."""
+    import psutil
+
+    with suppress(psutil.NoSuchProcess):
+        top = psutil.Process(child.pid)
+        everything = [*top.children(recursive=True), top]
+        for process in everything:
+            with suppress(psutil.NoSuchProcess):
+                process.terminate()
+        for process in psutil.wait_procs(everything, timeout=SECONDS_TO_END)[1]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+    child.wait()
+
+
+def _watch(child: subprocess.Popen, planned: Planned, together: int) -> None:
+    """Print a line where a notebook begins and one where it is done, until the child ends."""
+    log = run_folder(planned.config) / "log"
+    messages = {stage: log / f"{stage}.txt" for stage in planned.todo}
+    before = {stage: _changed(path) for stage, path in messages.items()}
+    console = Console(highlight=False, markup=False)
+    with console.status("starting") as status:
+        while True:
+            ended = child.poll() is not None
+            for stage in planned.todo:
+                if stage not in planned.began and _changed(messages[stage]) != before[stage]:
+                    planned.began[stage] = time.monotonic()
+                    console.print(f"{planned.title(stage)} ...")
+            for stage in planned.began:
+                if stage not in planned.done and planned.stamps[stage].exists():
+                    planned.done.append(stage)
+                    parts = [f"{time.monotonic() - planned.began[stage]:.0f} s"]
+                    parts += [left] if (left := planned.left(together)) else []
+                    console.print(f"{planned.title(stage)}: {', '.join(parts)}")
+            status.update(planned.left(together) or "running")
+            if ended:
+                return
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def _changed(path: Path) -> int | None:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+def _why(planned: Planned, log: Path) -> str:
+    """One sentence for each notebook that failed, else what Snakemake said last."""
+    failed = [stage for stage in planned.began if stage not in planned.done]
+    if failed:
+        return "\n".join(why_failed(log.with_name(f"{stage}.ipynb")) for stage in failed)
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    own = [line.removeprefix("spkit: ") for line in lines if line.startswith("spkit: ")]
+    return f"{(own or lines or ['no message'])[-1]} (see {log})"
