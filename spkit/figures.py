@@ -3,8 +3,6 @@
 Made for print and for grey: light to dark instead of hues, and every shade also has a hatch, a
 marker or a label of its own. Rates are shown in percent, with their intervals where there are any.
 The figures do not go through pyplot: nothing has to be closed, and a server needs no screen.
-
-What this file does not do: read files, compute rates or intervals, or know what a patch is.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +12,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch as Swatch
 from matplotlib.ticker import MaxNLocator
@@ -32,6 +31,8 @@ VERDICT_STYLE = {
 }
 MARKERS = "osD^vP*X"
 HEAT = sns.light_palette(DARK, as_cmap=True)
+MODULES = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()  # as data flows
+NARROW = 0.4  # a map whose smallest value is above this share of its largest begins there
 # panel title -> (group, metric): the three objectives, harm on known and on new categories
 PANELS = {
     "harmful, seen categories": ("seen", "harmful"),
@@ -58,45 +59,68 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 
 
 @styled
-def loss_curves(curves: pd.DataFrame, *, clamp: float, ceiling: float) -> Figure:
+def loss_curves(
+    curves: pd.DataFrame, *, clamp: float, ceiling: float, window: int | None = None
+) -> Figure:
     """Mean answer loss by step, ascent left and descent right, with the stop point.
 
     curves: patch ("se", "osm"), step, loss [nats], stop (a reason in the last row). clamp, ceiling:
-    the two lines that hold the ascent, in nats.
+    what holds the ascent, in nats. window: the number of batches whose mean is held against the
+    ceiling; that mean is drawn, too. Each panel has the scale of its own losses; a clamp that lies
+    above it is named, not drawn.
     """
-    figure, axes = _panels(1, 2, width=8, height=3.2, sharey=True)
+    figure, axes = _panels(1, 2, width=8, height=3.2)
     for ax, (patch, title) in zip(
         axes, {"se": "ascent: the SE patch", "osm": "descent: the OSM patch"}.items(), strict=True
     ):
         part = curves[curves["patch"] == patch]
-        ax.set(title=title, xlabel="step", ylim=(0, max(clamp, curves["loss"].max()) * 1.12))
+        top = max(part["loss"].max(), ceiling if patch == "se" else 0.0) if len(part) else ceiling
+        ax.set(title=title, xlabel="step", ylim=(-0.04 * top, 1.4 * top))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        ax.plot(part["step"], part["loss"], color=DARK, marker="o", markersize=3, linewidth=1.2)
+        ax.plot(part["step"], part["loss"], color=MIDDLE, marker="o", markersize=2.5, linewidth=0.8)
         for _, last in part.tail(1).iterrows():
             x, y = last["step"], last["loss"]
-            ax.plot(x, y, "D", color="white", markeredgecolor=DARK, markersize=8)
+            ax.plot(x, y, "D", color="white", markeredgecolor=DARK, markersize=7)
             _note(ax, f"stop: {last['stop']}\nafter step {x}", x, y)
     axes[0].set_ylabel("mean answer loss [nats]")
-    for value, style, name in ((clamp, "--", "clamp of one token"), (ceiling, ":", "ceiling")):
-        axes[0].axhline(value, color="0.35", linestyle=style, linewidth=1.2)
+    _limits(axes[0], {"ceiling": (ceiling, ":"), "clamp of one token": (clamp, "--")})
+    ascent = curves[curves["patch"] == "se"]
+    if window is not None and len(ascent) >= window:
+        mean = ascent["loss"].rolling(window).mean()
+        axes[0].plot(ascent["step"], mean, color=DARK, linewidth=2)
+        x, y = ascent["step"].iloc[window - 1], mean.iloc[window - 1]
         axes[0].annotate(
-            f"{name}: {value:g}", (0.02, value), xycoords=axes[0].get_yaxis_transform(),
-            va="bottom", size=8,
+            f"mean of {window} batches", (x, y), (0.03, 0.56), textcoords="axes fraction", size=8,
+            arrowprops={"arrowstyle": "-", "color": "0.4"}, bbox=_HALO,
         )  # fmt: skip
     return figure
+
+
+def _limits(ax, limits: Mapping[str, tuple[float, str]]) -> None:
+    """A line for each limit, or a word in the corner for one that lies above the panel."""
+    for name, (value, style) in limits.items():
+        text = f"{name}: {value:g}"
+        if value < ax.get_ylim()[1]:
+            ax.axhline(value, color="0.35", linestyle=style, linewidth=1.2)
+            place = {"xy": (0.02, value), "xycoords": ax.get_yaxis_transform(), "va": "bottom"}
+        else:
+            text += ", above this panel"
+            place = {"xy": (0.02, 0.97), "xycoords": "axes fraction", "va": "top"}
+        ax.annotate(text, size=8, bbox=_HALO, **place)
 
 
 # ---- importance ----------------------------------------------------------------------------------
 
 
 @styled
-def overlap_by_rate(table: pd.DataFrame) -> Figure:
+def overlap_by_rate(table: pd.DataFrame, used: tuple[float, float, float] | None = None) -> Figure:
     """How the overlap of two important sets grows with the top rate.
 
-    table: rate, share (|both| / |own|), jaccard, all as shares of 1. The dotted line is what two
+    table: rate, share (|both| / |own|), jaccard, all as shares of 1. used: (a, b, share) of the
+    patch itself, whose two rates may differ. The dotted line and the hollow diamond are what two
     sets drawn blindly would share.
     """
-    figure, (ax,) = _panels(1, 1, width=5, height=3.4)
+    figure, (ax,) = _panels(1, 1, width=6, height=3.6)
     rate = 100 * table["rate"]
     lines = {
         "share of the SE set": ("share", "o", "-", DARK),
@@ -105,6 +129,11 @@ def overlap_by_rate(table: pd.DataFrame) -> Figure:
     for label, (column, marker, style, colour) in lines.items():
         ax.plot(rate, 100 * table[column], style, marker=marker, color=colour, label=label)
     ax.plot(rate, rate, ":", color="0.4", label="two blind draws (share)")
+    if used is not None:
+        a, b, share = (100 * value for value in used)
+        label = f"share at a = {a:g} %, b = {b:g} %"
+        ax.plot(a, share, "D", color=DARK, markersize=9, label=label)
+        ax.plot(a, b, "D", color="white", markeredgecolor=DARK, markersize=9, label="blind, there")
     ax.set(xscale="log", xlabel="top rate a = b [%]", ylabel="overlap [%]", ylim=(0, None))
     ax.set_xticks(rate, [f"{value:g}" for value in rate])
     ax.minorticks_off()
@@ -113,11 +142,45 @@ def overlap_by_rate(table: pd.DataFrame) -> Figure:
 
 
 @styled
+def matrix_cells(panels: Mapping[str, Mapping | np.ndarray], corner: int = 64) -> Figure:
+    """One weight matrix, cell by cell: its scores, or which sets a weight is in.
+
+    panels: {title: scores, a float matrix drawn as the share of lower ones} or {title: {label: bool
+    matrix}}; of several labels the last one wins. Only the upper left `corner` rows and columns are
+    drawn: whole matrices are too fine for a page.
+    """
+    labels = list(dict.fromkeys(k for p in panels.values() if isinstance(p, Mapping) for k in p))
+    shades = dict(zip(labels, (DARK, MIDDLE, LIGHT, "0.35"), strict=False))
+    figure, axes = _panels(1, len(panels), width=3.4 * len(panels), height=4.0)
+    for ax, (title, panel) in zip(axes, panels.items(), strict=True):
+        if isinstance(panel, Mapping):
+            codes = np.zeros(np.shape(next(iter(panel.values()))), dtype=int)
+            for label, mask in panel.items():
+                codes[np.asarray(mask)] = 1 + labels.index(label)
+            colours = ListedColormap(["white", *shades.values()])
+            look = {"cmap": colours, "vmin": 0, "vmax": len(labels)}
+        else:
+            flat = np.asarray(panel).ravel()
+            codes = (flat.argsort().argsort() / max(flat.size - 1, 1)).reshape(np.shape(panel))
+            look = {"cmap": HEAT, "vmin": 0, "vmax": 1}
+        ax.imshow(codes[:corner, :corner], interpolation="nearest", **look)
+        ax.set(title=title, xlabel="input", ylabel="output" if ax is axes[0] else "")
+        ax.grid(False)
+    swatches = [
+        Swatch(facecolor=shade, edgecolor=DARK, label=label) for label, shade in shades.items()
+    ]
+    if swatches:
+        _legend_below(figure, swatches)
+    return figure
+
+
+@styled
 def layer_module_maps(tables: Mapping[str, pd.DataFrame], value: str = "share") -> Figure:
     """One map per table, layers down and modules across: where a set lies, or two sets overlap.
 
     tables: {title: frame with layer, module and `value` (a share of 1)}. Every map has its own
-    scale, from white at 0 to dark at its largest; the numbers are percent.
+    scale, dark at its largest; it begins at 0, or where all values are close together at the
+    smallest, and its bar says so. The numbers are percent. Modules have one order everywhere.
     """
     tables = {title: table[table["layer"] >= 0] for title, table in tables.items()}
     layers = max(table["layer"].nunique() for table in tables.values())
@@ -126,17 +189,29 @@ def layer_module_maps(tables: Mapping[str, pd.DataFrame], value: str = "share") 
     figure, axes = _panels(1, len(tables), width=3.6 * len(tables), height=height, sharey=True)
     for ax, (title, table) in zip(axes, tables.items(), strict=True):
         grid = 100 * table.pivot(index="layer", columns="module", values=value)
-        grid = grid[list(dict.fromkeys(table["module"]))]  # in the model's order
-        darkest = grid.max(axis=None) or 1.0  # an empty set is light, not half dark
+        grid = grid[_in_order(table["module"])]
+        lightest, darkest = _scale(grid)
         sns.heatmap(
-            grid, ax=ax, cmap=HEAT, vmin=0, vmax=darkest, annot=numbers, fmt=".1f", linewidths=0.5,
-            xticklabels=True, annot_kws={"size": 7},
+            grid, ax=ax, cmap=HEAT, vmin=lightest, vmax=darkest, annot=numbers, fmt=".1f",
+            linewidths=0.5, xticklabels=True, annot_kws={"size": 7},
             cbar_kws={"label": "%", "aspect": 20 if numbers else 40},
         )  # fmt: skip
         ax.set(title=title, xlabel="", ylabel="layer" if ax is axes[0] else "")
         ax.set_xticks(ax.get_xticks(), list(grid), rotation=60, ha="right", rotation_mode="anchor")
         ax.tick_params(axis="y", rotation=0)
     return figure
+
+
+def _in_order(modules: pd.Series) -> list[str]:
+    found = dict.fromkeys(modules)
+    return [m for m in MODULES if m in found] + [m for m in found if m not in MODULES]
+
+
+def _scale(grid: pd.DataFrame) -> tuple[float, float]:
+    lightest, darkest = grid.min(axis=None), grid.max(axis=None)
+    if lightest < NARROW * darkest or lightest == darkest:
+        lightest = 0.0
+    return lightest, darkest or 1.0  # an empty set is light, not half dark
 
 
 # ---- evaluation ----------------------------------------------------------------------------------
@@ -331,9 +406,9 @@ def _panels(rows: int, columns: int, *, width: float, height: float, **shared):
 
 def _note(ax, text: str, x: float, y: float) -> None:
     """A text that points at (x, y) from the side where there is room."""
-    high = y > sum(ax.get_ylim()) / 2
+    place = (0.97, 0.05 if y > sum(ax.get_ylim()) / 2 else 0.72)
     ax.annotate(
-        text, (x, y), (0.97, 0.3 if high else 0.75), textcoords="axes fraction", ha="right", size=8,
+        text, (x, y), place, textcoords="axes fraction", ha="right", size=8,
         arrowprops={"arrowstyle": "-", "color": "0.4"}, bbox=_HALO,
     )  # fmt: skip
 

@@ -102,20 +102,30 @@ def maps(layers=4):
     return {"SE: share of the matrix": where({"SE": one}), "overlap with OSM": overlap(one, two)}
 
 
+def cells():
+    own, other = SCORES > 0.5, SCORES.round(1) % 0.2 < 0.1
+    return {"SE only": own & ~other, "OSM only": other & ~own, "both": own & other}
+
+
 BY_RATE = pd.DataFrame(
     {"rate": [0.005, 0.02, 0.1, 0.3], "share": [0.1, 0.2, 0.3, 0.5], "jaccard": [0, 0.1, 0.2, 0.4]}
 )
+SCORES = np.random.default_rng(0).random((20, 30))
 MANY = ["base", *IN_NOTEBOOK_03]
 # every public figure, with data as real and as full as they get, and with as little as can be
 FIGURES = {
     "loss_curves": lambda: plots.loss_curves(curves(), clamp=3.0, ceiling=1.1),
     "loss_curves, early": lambda: plots.loss_curves(curves(), clamp=1.2, ceiling=1.1),
+    "loss_curves, window": lambda: plots.loss_curves(curves(), clamp=10.0, ceiling=1.1, window=8),
     "loss_curves, ascent": lambda: plots.loss_curves(curves(["se"]), clamp=3.0, ceiling=1.1),
     "overlap_by_rate": lambda: plots.overlap_by_rate(BY_RATE),
+    "overlap_by_rate, used": lambda: plots.overlap_by_rate(BY_RATE, used=(0.2, 0.3, 0.6)),
     "overlap_by_rate, one": lambda: plots.overlap_by_rate(BY_RATE[:1]),
     "layer_module_maps": lambda: plots.layer_module_maps(maps()),
     "layer_module_maps, deep": lambda: plots.layer_module_maps(maps(32)),
     "layer_module_maps, one": lambda: plots.layer_module_maps(dict(list(maps(1).items())[:1])),
+    "matrix_cells": lambda: plots.matrix_cells({"scores": SCORES, "where": cells()}),
+    "matrix_cells, one": lambda: plots.matrix_cells({"scores": SCORES[:2, :2]}),
     "objectives": lambda: plots.objectives(rates(answers(MANY), **ABOUT)),
     "objectives, one": lambda: plots.objectives(rates(answers(["base"]), **ABOUT)),
     "objectives, seen": lambda: plots.objectives(rates(answers(MANY, ["seen"]), **ABOUT)),
@@ -138,7 +148,7 @@ def test_every_figure_is_here():
         if not name.startswith("_") and inspect.signature(function).return_annotation is Figure
     }
     assert {name.partition(",")[0] for name in FIGURES} == public
-    assert len(public) == 7
+    assert len(public) == 8
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -197,7 +207,7 @@ def test_the_heat_grows_darker():
 
 def test_loss_curves_show_every_step_and_the_stop():
     frame = curves()
-    figure = plots.loss_curves(frame, clamp=3.0, ceiling=1.1)
+    figure = plots.loss_curves(frame, clamp=1.2, ceiling=1.1)
     assert len(figure.axes) == 2
     for ax, patch in zip(figure.axes, ("se", "osm"), strict=True):
         part = frame[frame["patch"] == patch]
@@ -206,17 +216,41 @@ def test_loss_curves_show_every_step_and_the_stop():
         assert curve.get_ydata().tolist() == part["loss"].tolist()
         last = part.iloc[-1]
         assert diamond.get_xydata().tolist() == [[last["step"], last["loss"]]]
-        assert ax.get_ylim() == pytest.approx((0, 3.36))
     left, right = figure.axes
-    assert [list(line.get_ydata()) for line in left.lines[2:]] == [[3.0] * 2, [1.1] * 2]
+    assert [list(line.get_ydata()) for line in left.lines[2:]] == [[1.1] * 2, [1.2] * 2]
     assert len(right.lines) == 2  # descent knows neither clamp nor ceiling
     said = [[text.get_text() for text in ax.texts] for ax in figure.axes]
     assert said == [
-        ["stop: mean loss reached\nafter step 30", "clamp of one token: 3", "ceiling: 1.1"],
+        ["stop: mean loss reached\nafter step 30", "ceiling: 1.1", "clamp of one token: 1.2"],
         ["stop: step limit\nafter step 8"],
     ]
     assert "ascent" in left.get_title() and "descent" in right.get_title()
     assert left.get_ylabel() == "mean answer loss [nats]"
+
+
+def test_loss_curves_fill_their_panel_and_a_clamp_above_it_is_named():
+    frame = curves()
+    figure = plots.loss_curves(frame, clamp=10.0, ceiling=1.1)
+    for ax, patch in zip(figure.axes, ("se", "osm"), strict=True):
+        highest = frame.loc[frame["patch"] == patch, "loss"].max()
+        assert highest > 0.6 * ax.get_ylim()[1] > 0
+    left = figure.axes[0]
+    assert [list(line.get_ydata()) for line in left.lines[2:]] == [[1.1] * 2]
+    assert "clamp of one token: 10, above this panel" in [text.get_text() for text in left.texts]
+
+
+def test_the_mean_that_is_held_against_the_ceiling_is_drawn():
+    frame = curves()
+    losses = frame.loc[frame["patch"] == "se", "loss"].to_numpy()
+    left, right = plots.loss_curves(frame, clamp=3.0, ceiling=1.1, window=8).axes
+    drawn = left.lines[-1].get_ydata()
+    assert np.isnan(drawn[:7]).all()
+    expected = [losses[i - 7 : i + 1].mean() for i in range(7, len(losses))]
+    assert drawn[7:] == pytest.approx(expected)
+    assert "mean of 8 batches" in [text.get_text() for text in left.texts]
+    assert len(right.lines) == 2
+    short = plots.loss_curves(frame, clamp=3.0, ceiling=1.1, window=40).axes[0]
+    assert len(short.lines) == 3  # fewer batches than the window
 
 
 @pytest.mark.parametrize("clamp", [3.0, 1.2])  # the ascent ends low in its panel, or high
@@ -282,6 +316,50 @@ def test_a_map_has_layers_down_and_modules_in_the_model_s_order():
     assert np.asarray(other.axes[0].collections[0].get_array()).tolist() == [[900, 900], [900, 900]]
 
 
+def test_modules_have_one_order_whatever_the_file_s():
+    names = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj", "other"]
+    table = pd.DataFrame({"layer": 0, "module": names, "share": np.linspace(0.1, 0.8, 8)})
+    ax = plots.layer_module_maps({"map": table}).axes[0]
+    order = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj other".split()
+    assert [t.get_text() for t in ax.get_xticklabels()] == order
+    shown = np.asarray(ax.collections[0].get_array())[0]
+    wanted = table.set_index("module")["share"][order]
+    assert shown == pytest.approx(100 * wanted.to_numpy())
+
+
+@pytest.mark.parametrize("values, begin", [([0.30, 0.34, 0.4], 30), ([0.1, 0.34, 0.4], 0)])
+def test_a_map_of_values_close_together_is_not_dark_all_over(values, begin):
+    names = ["q_proj", "k_proj", "v_proj"]
+    table = pd.DataFrame({"layer": 0, "module": names, "share": values})
+    ax, bar = plots.layer_module_maps({"map": table}).axes
+    assert ax.collections[0].get_clim() == pytest.approx((begin, 40))
+    assert bar.get_ylim() == pytest.approx((begin, 40))  # the bar says where it begins
+
+
+def test_a_map_of_equal_values_begins_at_0():
+    table = pd.DataFrame({"layer": [0, 1], "module": "q_proj", "share": 0.4})
+    assert plots.layer_module_maps({"map": table}).axes[0].collections[0].get_clim() == (0, 40)
+
+
+def test_cells_of_a_matrix_are_its_scores_and_sets():
+    scores = np.array([[3.0, 1.0, 2.0], [0.0, 5.0, 4.0]])
+    one = np.array([[True, False, False], [False, True, True]])
+    two = np.array([[False, True, False], [False, True, False]])
+    left, right = plots.matrix_cells({"scores": scores, "sets": {"one": one, "two": two}}).axes
+    assert (left.get_title(), right.get_title()) == ("scores", "sets")
+    ranks = np.array([[3, 1, 2], [0, 5, 4]]) / 5  # the share of lower ones
+    assert np.asarray(left.images[0].get_array()) == pytest.approx(ranks)
+    assert np.asarray(right.images[0].get_array()).tolist() == [[1, 2, 0], [0, 2, 1]]
+    legend = right.figure.legends[0]
+    assert [text.get_text() for text in legend.get_texts()] == ["one", "two"]
+    image = right.images[0]
+    for code, patch in zip((1, 2), legend.get_patches(), strict=True):
+        assert image.cmap(image.norm(code))[:3] == pytest.approx(patch.get_facecolor()[:3])
+    assert luminance(image.cmap(image.norm(0))[:3]) == pytest.approx(1)
+    corner = plots.matrix_cells({"scores": scores}, corner=2).axes[0].images[0].get_array()
+    assert np.asarray(corner) == pytest.approx(ranks[:2, :2])  # of the whole matrix's ranks
+
+
 def test_a_map_of_an_empty_set_is_light():
     table = pd.DataFrame({"layer": [0, 1], "module": "q_proj", "share": 0.0})
     mesh = plots.layer_module_maps({"nothing": table}).axes[0].collections[0]
@@ -293,6 +371,16 @@ def test_a_map_of_an_empty_set_is_light():
 def test_deep_models_have_maps_without_numbers(layers, numbers):
     figure = plots.layer_module_maps({"map": maps(layers)["overlap with OSM"]})
     assert bool(figure.axes[0].texts) == numbers
+
+
+def test_the_rates_that_are_used_have_a_mark_of_their_own():
+    ax = plots.overlap_by_rate(BY_RATE, used=(0.2, 0.3, 0.6)).axes[0]
+    marks = {line.get_label(): line.get_xydata().tolist() for line in ax.lines[3:]}
+    assert marks == {
+        "share at a = 20 %, b = 30 %": [[pytest.approx(20), pytest.approx(60)]],
+        "blind, there": [[pytest.approx(20), pytest.approx(30)]],
+    }
+    assert len(plots.overlap_by_rate(BY_RATE).axes[0].lines) == 3
 
 
 # ---- evaluation: (k, n) of each cell by hand

@@ -140,7 +140,8 @@ def _answered(
     ends = end_tokens(model, tokenizer)
     options = {"pad": tokenizer.pad_token_id, "ends": ends, "max_new_tokens": max_new_tokens}
     progress = {"desc": label, "unit": "batch", "initial": done, "total": len(batches)}
-    for batch in tqdm(batches[done:], leave=False, **progress):
+    quiet = len(batches) == 1  # a few questions need no bar
+    for batch in tqdm(batches[done:], leave=False, disable=quiet, **progress):
         output = continued(model, list(batch.values()), **options)
         texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in output]
         yield dict(zip(batch, texts, strict=True))

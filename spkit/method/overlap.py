@@ -22,15 +22,20 @@ from spkit.method.patching import intersection_set
 from spkit.method.safepatching import Sets
 from spkit.models.checkpoint_files import place
 
-RATES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+RATES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 0.8)
 FINE, COARSE = 20, 16  # bits of a positive fp32 that name its bin: exponent first, then mantissa
 
 
 class ImportanceSummary:
-    """Add every window of importance.score_windows, then ask for tables; patches "se" and "osm"."""
+    """Add every window of importance.score_windows, then ask for tables; patches "se" and "osm".
 
-    def __init__(self, rates: tuple[float, ...] = RATES):
+    rates: the same top rate for both patches. used: one more pair, (a, b) of the patch itself.
+    """
+
+    def __init__(self, rates: tuple[float, ...] = RATES, used: tuple[float, float] | None = None):
         self.rates = rates
+        pairs = [(rate, rate) for rate in rates] + ([used] if used else [])
+        self._pairs = list(dict.fromkeys(pairs))
         self.weights = 0
         self._coarse: dict[str, dict[str, np.ndarray]] = {"se": {}, "osm": {}}
         self._shares: dict[str, dict[str, float]] = {}
@@ -47,22 +52,23 @@ class ImportanceSummary:
         """Take in the scores of both patches, fp32 and not negative, of some matrices."""
         for tensor, score in window["se"].items():
             keys, floors = {}, {}
-            for name in ("se", "osm"):
+            for side, name in enumerate(("se", "osm")):
                 keys[name], fine = _binned(window[name][tensor])
                 self._coarse[name][tensor] = fine.reshape(1 << COARSE, -1).sum(axis=1)
-                floors[name] = {rate: _floor(fine, rate) for rate in self.rates}
+                floors[name] = {pair[side]: _floor(fine, pair[side]) for pair in self._pairs}
             self.weights += score.numel()
             self._shares[tensor] = {
                 f"top {rate:.0%}": self._held(score, keys["se"], floors["se"][rate])
                 for rate in (0.01, 0.1, 0.5)
                 if rate in self.rates
             }
-            for rate in self.rates:
+            for rate, other_rate in self._pairs:
                 own = keys["se"] >= floors["se"][rate]
-                other = keys["osm"] >= floors["osm"][rate]
+                other = keys["osm"] >= floors["osm"][other_rate]
                 both = int((own & other).sum())
                 counts = {"own": int(own.sum()), "other": int(other.sum()), "both": both}
-                self._counts.append({**place(tensor), "rate": rate, **counts})
+                rates = {"rate": rate, "other_rate": other_rate}
+                self._counts.append({**place(tensor), **rates, **counts})
 
     @staticmethod
     def _held(score: Tensor, keys: Tensor, floor: int) -> float:
@@ -76,13 +82,24 @@ class ImportanceSummary:
 
     def overlap_by_rate(self) -> pd.DataFrame:
         """Columns rate, share = both / own, jaccard = both / either, over all matrices."""
-        sums = pd.DataFrame(self._counts).groupby("rate")[["own", "other", "both"]].sum()
+        frame = pd.DataFrame(self._counts)
+        frame = frame[frame["rate"] == frame["other_rate"]]
+        sums = frame.groupby("rate")[["own", "other", "both"]].sum()
         return with_measures(sums).reset_index()[["rate", "share", "jaccard"]]
 
-    def overlap(self, rate: float) -> pd.DataFrame:
-        """The same at one of the rates, matrix by matrix: tensor, layer, module, ..., share."""
-        frame = pd.DataFrame(self._counts)
-        return with_measures(frame[frame["rate"] == rate].drop(columns="rate"))
+    def overlap(self, rate: float, other_rate: float | None = None) -> pd.DataFrame:
+        """The same at one of the pairs, matrix by matrix: tensor, layer, module, ..., share.
+
+        other_rate: that of OSM; None: as SE's.
+        """
+        frame, other_rate = pd.DataFrame(self._counts), other_rate or rate
+        frame = frame[(frame["rate"] == rate) & (frame["other_rate"] == other_rate)]
+        return with_measures(frame.drop(columns=["rate", "other_rate"]))
+
+    def share(self, rate: float, other_rate: float) -> float:
+        """The share of S_SE that is in S_OSM at one of the pairs, over all matrices."""
+        counts = self.overlap(rate, other_rate)[["own", "both"]].sum()
+        return float(counts["both"] / counts["own"]) if counts["own"] else 0.0
 
     def in_global_top(self, name: str, rate: float) -> pd.DataFrame:
         """How much of each matrix lies in the top `rate` of *all* weights, for one patch."""

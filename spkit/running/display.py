@@ -35,28 +35,46 @@ def picture(path: str | Path, alt: str) -> Image:
     return Image(data=data, format="png", width=round(width * SHOWN), alt=alt)
 
 
-def table(frame: pd.DataFrame, digits: int = 1, if_empty: str = "Nothing to show."):
+class Table:
+    """A table as a page shows it: HTML where that can be read, else plain text."""
+
+    def __init__(self, html: str, text: str):
+        self._html, self._text = html, text
+
+    def _repr_html_(self) -> str:
+        return self._html
+
+    def __repr__(self) -> str:
+        return self._text
+
+
+def table(frame: pd.DataFrame, digits: int = 1, if_empty: str = "Nothing to show.") -> Table | None:
     """The frame for reading: text to the left, floats with so many digits, hashes cut short.
 
-    An empty frame is not shown; the sentence `if_empty` is printed instead. Nothing is changed in
-    `frame` itself.
+    An empty frame is not shown; the sentence `if_empty` is printed instead. Row numbers are left
+    out. Nothing is changed in `frame` itself, and the same frame gives the same bytes.
     """
     if frame.empty:
         print(if_empty)
         return None
     short = frame.map(_short)
     texts = [name for name in short if not pd.api.types.is_numeric_dtype(short[name])]
-    # a fixed name, or the executed notebook would differ each time
+    numbered = isinstance(frame.index, pd.RangeIndex)
+    # a fixed name: a random one would make each executed notebook another file
     style = short.style.set_uuid(f"{zlib.crc32(short.to_csv().encode()):08x}")
-    left = {"text-align": "left"}
     style = style.format(precision=digits, thousands=",", na_rep="–")
-    style = style.set_properties(subset=texts, **left) if texts else style
-    numbers = {name: [{"selector": "th", "props": "text-align: right"}] for name in short}
-    for name in texts:
-        numbers[name][0]["props"] = "text-align: left"
-    return style.set_table_styles(
-        [{"selector": "th.row_heading, th.index_name", "props": "text-align: left"}]
-    ).set_table_styles(numbers, overwrite=False)
+    if texts:
+        style = style.set_properties(subset=texts, **{"text-align": "left"})
+    heads = {
+        name: [{"selector": "th", "props": f"text-align: {'left' if name in texts else 'right'}"}]
+        for name in short
+    }
+    rows = [{"selector": "th.row_heading, th.index_name", "props": "text-align: left"}]
+    style = style.set_table_styles(heads).set_table_styles(rows, overwrite=False)
+    if numbered:
+        style = style.hide(axis="index")
+    text = short.round(digits).to_string(index=not numbered)
+    return Table(style.to_html(), text)
 
 
 def _short(value):

@@ -419,8 +419,9 @@ def predict(
 def needs(config: Config, stage: str) -> pd.DataFrame:
     """The predicted peaks of one notebook on this machine, and a sentence on whether they fit.
 
-    The last row, "here", is what this machine can still give. Nothing is loaded: of a model on the
-    hub only the configuration is fetched. SpkitError where it cannot be read.
+    The last row, "here", is what this machine can still give; parts that round to 0.00 are left
+    out. Nothing is loaded: of a model on the hub only the configuration is fetched. SpkitError
+    where it cannot be read.
     """
     device = resolve_device(config.backbone.device)
     here = available(device)
@@ -429,7 +430,8 @@ def needs(config: Config, stage: str) -> pd.DataFrame:
     table = predict(config, shape, stage, device, free)
     print(verdict(table, here, config))
     table.loc["here"] = here
-    return table.round(2)
+    shown = table.round(2)
+    return shown[(shown != 0).any(axis=1)]
 
 
 def overview(config: Config) -> str:

@@ -336,7 +336,7 @@ class Run:
                     figure.savefig(path, bbox_inches="tight", dpi=150, metadata=inside)
         return self.folder / "figures" / f"{name}.png"
 
-    def finish(self, **notes: Any) -> Path:
+    def finish(self, **notes: Any) -> None:
         """Write the record, last of all: now the stage is complete. `notes` go into the record.
 
         Then the folder goes to the mirror, if one is set, and what the stage took is printed.
@@ -354,8 +354,7 @@ class Run:
         }
         with atomic(self._stamp) as path:
             path.touch()
-        path = self.save_json("record.json", record)
+        self.save_json("record.json", record)
         self.push()
         peaks = [f"{x / 2**10:.2f} GiB ({k})" for k, x in record["peak_memory_mib"].items()]
         print(f"{self.stage} took {record['seconds']:.0f} s and at most {', '.join(peaks)}")
-        return path

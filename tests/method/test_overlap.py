@@ -82,6 +82,25 @@ def test_overlap_by_rate_sums_the_matrices():
     assert frame["share"].is_monotonic_increasing and frame["share"].iloc[0] > 0.1
 
 
+def test_the_rates_that_are_used_may_differ():
+    made = summary(WINDOW, rates=(0.1, 0.5), used=(0.4, 0.71))
+    frame = made.overlap(0.4, 0.71).set_index("tensor")
+    own = {name: exact(name, "se", 0.4) for name in SHAPES}
+    other = {name: exact(name, "osm", 0.71) for name in SHAPES}
+    for name in SHAPES:
+        both = (own[name] & other[name]).sum()
+        assert frame.loc[name, "share"] == pytest.approx(both / own[name].sum(), abs=5e-3)
+    total = sum((own[n] & other[n]).sum() for n in SHAPES) / sum(own[n].sum() for n in SHAPES)
+    assert made.share(0.4, 0.71) == pytest.approx(total, abs=5e-3)
+    # the table of equal rates, and the shares of the top, are as without
+    plain = summary(WINDOW, rates=(0.1, 0.5))
+    assert made.overlap_by_rate().equals(plain.overlap_by_rate())
+    both = (made.overlap(0.5), plain.overlap(0.5))
+    assert both[0].reset_index(drop=True).equals(both[1].reset_index(drop=True))
+    # a pair that is among the rates is counted once
+    assert len(summary(WINDOW, rates=(0.1,), used=(0.1, 0.1)).overlap(0.1)) == len(SHAPES)
+
+
 def test_concentration():
     frame = SUMMARY.concentration()
     assert list(frame.index) == list(SHAPES)

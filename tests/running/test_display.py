@@ -54,7 +54,7 @@ def test_text_is_left_numbers_are_right_and_hashes_are_short():
         index=["one", "two"],
     )
     before = frame.copy()
-    html = table(frame).to_html()
+    html = table(frame)._repr_html_()
     assert frame.equals(before)
     assert "0123456789ab<" in html and "0123456789abc" not in html and "None" not in html
     assert ">1.3<" in html and ">–<" in html
@@ -62,7 +62,17 @@ def test_text_is_left_numbers_are_right_and_hashes_are_short():
     right = "".join(re.findall(r"([^{}]*)\{[^{}]*text-align: right", html))
     assert {"row0_col0", "row1_col1"} <= set(re.findall(r"row\d_col\d", left))
     assert "col2" in right and "col2" not in left
-    assert table(frame).to_html() == html  # the same bytes each time
+    again = table(frame.copy())  # the same bytes each time, as plain text, too
+    assert (again._repr_html_(), repr(again)) == (html, repr(table(frame)))
+    assert "0123456789ab" in repr(again) and "1.3" in repr(again) and "0x" not in repr(again)
+
+
+def test_row_numbers_are_left_out():
+    named = pd.DataFrame({"a": [10, 20]}, index=["one", "two"])
+    assert "row_heading" in table(named)._repr_html_() and "two" in repr(table(named))
+    plain = table(named.reset_index(drop=True))
+    assert "row_heading" not in plain._repr_html_().partition("</style>")[2]
+    assert repr(plain).split() == ["a", "10", "20"]
 
 
 def test_an_empty_table_is_a_sentence(capsys):

@@ -136,6 +136,7 @@ def test_a_seven_billion_backbone_keeps_to_the_goal():
 def test_the_sandbox_fits(stage, capsys):
     frame = needs(Config(), stage)
     assert isinstance(frame, pd.DataFrame) and 0 < frame.loc["peak", "host GiB"] < 2
+    assert (frame["host GiB"] >= 0.01).all()  # no rows of 0.00
     assert capsys.readouterr().out.startswith("fits")
 
 
