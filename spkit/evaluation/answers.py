@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from spkit.config import Config
 from spkit.errors import SpkitError
 from spkit.examples import EvalPrompt
-from spkit.models.chat import encode_prompt, special_ids
+from spkit.models.chat import encode_prompt, special_ids, turn_end
 from spkit.system import store as files
 from spkit.system.out_of_memory import explained
 
@@ -59,21 +59,10 @@ def end_tokens(model, tokenizer, *, chat: bool = True) -> list[int]:
     """
     own = model.generation_config.eos_token_id
     ends = list(own) if isinstance(own, list | tuple) else [own]
-    ends += [tokenizer.eos_token_id, *(_turn_ends(tokenizer) if chat else ())]
+    special = special_ids(tokenizer)
+    ends += [tokenizer.eos_token_id]
+    ends += [token for token in turn_end(tokenizer) if token in special] if chat else []
     return [end for end in dict.fromkeys(ends) if end is not None]
-
-
-def _turn_ends(tokenizer) -> list[int]:
-    """The special tokens that the chat template writes behind what the assistant says."""
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    special = special_ids(tokenizer) - {tokenizer.unk_token_id}
-    ends = []
-    for token in reversed(tokenizer.apply_chat_template(turns, return_dict=False)):
-        if token in special:
-            ends.insert(0, token)
-        elif tokenizer.decode([token]).strip():
-            break  # here the answer's own text ends
-    return ends
 
 
 @torch.inference_mode()

@@ -32,6 +32,7 @@ from spkit.models.chat import (
     encode_pair,
     length_bucketed_batches,
     mean_per_sample,
+    warn_of_unknown,
 )
 from spkit.models.weights import target_weights
 from spkit.system import resume
@@ -59,9 +60,11 @@ class TrainingSet:
 
     @classmethod
     def of(cls, tokenizer, pairs: Sequence[HarmfulPair], max_tokens: int | None = None) -> Self:
-        """SpkitError for an empty D_h or a pair that does not fit into `max_tokens`."""
+        """SpkitError for an empty D_h or a pair that does not fit into `max_tokens`; a warning for
+        pairs of which the tokenizer does not know half of the words."""
         if not pairs:
             raise SpkitError("D_h is empty; deriving a patch needs at least one harmful pair.")
+        warn_of_unknown(tokenizer, pairs)
         texts = [(pair.prompt, pair.response) for pair in pairs]
         encoded = [encode_pair(tokenizer, x, y, max_tokens=max_tokens) for x, y in texts]
         return cls(encoded, tokenizer.pad_token_id, fingerprint(pairs), max_tokens)

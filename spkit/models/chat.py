@@ -4,10 +4,12 @@ A prompt is always rendered by the tokenizer's own chat template, so that the mo
 aligned on and what it will see when it answers. Position t of the labels is the id of token t where
 token t counts in the loss, and IGNORE elsewhere; the shift by one lies in `answer_loss` alone.
 
-What this file does not do: load tokenizers (backbone.py), read data (data.py), generate
-(evaluation.py), or choose the sign of the loss (derivation.py).
+A special token that a user or a model spells in a text is plain text: the only ends are the
+template's.
 """
 
+import re
+import warnings
 from collections.abc import Sequence
 
 import jinja2
@@ -19,6 +21,7 @@ from spkit.errors import SpkitError
 
 IGNORE = -100  # torch's cross_entropy leaves such labels out
 LOSS_ON = ("answer", "question")
+MARK = "spkit asks where this is shown"
 
 
 def encode_prompt(tokenizer, prompt: str | Sequence[str]) -> list[int]:
@@ -52,13 +55,12 @@ def has_system_role(tokenizer) -> bool:
 
     Templates differ: some refuse one with an error, some drop it without a word.
     """
-    mark = "spkit asks whether this is shown"
-    turns = [{"role": "system", "content": mark}, {"role": "user", "content": "x"}]
+    turns = [{"role": "system", "content": MARK}, {"role": "user", "content": "x"}]
     try:
         shown = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     except (jinja2.TemplateError, ValueError):  # the template's own raise_exception
         return False
-    return mark in shown
+    return MARK in shown
 
 
 def encode_pair(
@@ -81,7 +83,8 @@ def encode_pair(
     if not response.strip():
         raise SpkitError(f"The response to {prompt[:60]!r} is empty; a pair needs both texts.")
     question = encode_prompt(tokenizer, prompt)
-    answer = _encode_answer(tokenizer, prompt, response, question)
+    opening, answer = _encode_answer(tokenizer, prompt, response, question)
+    question = question + opening
     if max_tokens is not None and len(question) + len(answer) > max_tokens:
         if len(question) >= max_tokens:
             raise SpkitError(
@@ -166,10 +169,44 @@ def _render(tokenizer, messages: list[dict[str, str]], *, add_generation_prompt:
             f"The tokenizer of {getattr(tokenizer, 'name_or_path', '?')!r} has no chat template; "
             "use an instruction-tuned model's tokenizer or set tokenizer.chat_template."
         )
-    return list(
-        tokenizer.apply_chat_template(
-            messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
-        )
+    options = {"add_generation_prompt": add_generation_prompt, "return_dict": False}
+    spelt = _spelt(tokenizer, [m["content"] for m in messages])
+    if spelt:
+        return _render_as_text(tokenizer, messages, spelt, options)
+    return list(tokenizer.apply_chat_template(messages, tokenize=True, **options))
+
+
+def _spelt(tokenizer, texts: Sequence[str]) -> list[str]:
+    """The special tokens, but for unk, that stand in what a user or a model has said."""
+    special = special_ids(tokenizer) - {tokenizer.unk_token_id}
+    tokens = tokenizer.convert_ids_to_tokens(sorted(special))
+    return [token for token in tokens if token and any(token in text for text in texts)]
+
+
+def _render_as_text(tokenizer, messages, spelt: Sequence[str], options: dict) -> list[int]:
+    """As `_render`, with the special tokens that are spelt in a message encoded as plain text.
+
+    Otherwise an answer that quotes "</s>" would have two ends. SpkitError where the tokenizer
+    cannot encode them so.
+    """
+    special = special_ids(tokenizer) - {tokenizer.unk_token_id}
+
+    def rendered(turns, **more) -> tuple[list[int], list[int]]:
+        ids = list(tokenizer.apply_chat_template(turns, tokenize=True, **options, **more))
+        return ids, [i for i in ids if i in special]
+
+    pattern = "|".join(re.escape(token) for token in sorted(spelt, key=len, reverse=True))
+    without = [{**m, "content": re.sub(pattern, "x", m["content"])} for m in messages]
+    try:
+        ids, found = rendered(messages, sanitize_control_tokens=True)
+    except ValueError:  # the token is a word of the vocabulary
+        ids, found = [], None
+    if found == rendered(without)[1]:  # the template's own, and no others
+        return ids
+    text = next(m["content"] for m in messages if spelt[0] in m["content"])
+    raise SpkitError(
+        f"The text {text[:60]!r} spells {spelt[0]!r}, a special token that this tokenizer cannot "
+        "encode as plain text; leave the text out, or write it otherwise."
     )
 
 
@@ -182,21 +219,90 @@ def special_ids(tokenizer) -> set[int]:
     return {*tokenizer.all_special_ids, *(index for index, token in added if token.special)}
 
 
-def _encode_answer(tokenizer, prompt: str, response: str, question: list[int]) -> list[int]:
-    """The ids that the assistant should say: the response and the end of its turn."""
+def turn_end(tokenizer) -> list[int]:
+    """The ids that the chat template writes behind what the assistant says, up to the last special
+    one; empty where the template does not close the turn."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    special = special_ids(tokenizer) - {tokenizer.unk_token_id}
+    ids = list(tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False))
+    start = len(ids)
+    while start and (ids[start - 1] in special or not tokenizer.decode(ids[start - 1]).strip()):
+        start -= 1  # down to the answer's own text
+    return _up_to_special(ids[start:], special)
+
+
+def _up_to_special(ids: list[int], special: set[int]) -> list[int]:
+    """Without what follows the last special token: some templates write a line end there, which
+    nobody ever generates."""
+    last = max((i for i, token in enumerate(ids) if token in special), default=-1)
+    return ids[: last + 1]
+
+
+def _encode_answer(
+    tokenizer, prompt: str, response: str, question: list[int]
+) -> tuple[list[int], list[int]]:
+    """(ids of what the template writes first, ids of the response and of the end of its turn).
+
+    The first part is empty where the generation prompt has written all of it already.
+    """
     turns = [*messages(tokenizer, prompt), {"role": "assistant", "content": response}]
     whole = _render(tokenizer, turns, add_generation_prompt=False)
-    special = special_ids(tokenizer)
-    if whole[: len(question)] == question and len(whole) > len(question):
-        answer = whole[len(question) :]
-        # some templates write a line break after the end of the turn: nobody ever generates it
-        while (
-            len(answer) > 1
-            and answer[-1] not in special
-            and not tokenizer.decode(answer[-1:]).strip()
-        ):
-            answer.pop()
-        if answer[-1] in special:
-            return answer
-    # the template does not continue its own generation prompt, or does not close the turn
-    return tokenizer.encode(response, add_special_tokens=False) + [tokenizer.eos_token_id]
+    opening, said = _written(tokenizer, turns)
+    if not opening and whole[: len(question)] == question:
+        special, rest = special_ids(tokenizer), whole[len(question) :]
+        answer = _up_to_special(rest, special)
+        if answer and not tokenizer.decode(rest[len(answer) :]).strip():
+            return [], answer
+    # the template does not continue its own generation prompt (a line end that begins the response
+    # may melt into it), or does not close the turn
+    end = turn_end(tokenizer) or [tokenizer.eos_token_id]
+    return _as_text(tokenizer, opening), _as_text(tokenizer, said, spelt=True) + end
+
+
+def _written(tokenizer, turns: list[dict[str, str]]) -> tuple[str, str]:
+    """(what the template writes between its generation prompt and the response, the response as it
+    writes it: some templates strip it).
+
+    The first is "" where it is blank, and where the generation prompt is not continued.
+    """
+    response, marked = turns[-1]["content"], {"role": "assistant", "content": f"\t{MARK}\t"}
+    prompt = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template([*turns[:-1], marked], tokenize=False)
+    before = whole.partition(MARK)[0]
+    opening = before[len(prompt) :] if before.startswith(prompt) else ""
+    said = response if marked["content"] in whole else response.strip()
+    return (opening.removesuffix("\t") if opening.strip() else ""), said
+
+
+def _as_text(tokenizer, text: str, spelt: bool = False) -> list[int]:
+    """spelt: whether special tokens in it are plain text."""
+    as_text = {"split_special_tokens": True} if spelt and _spelt(tokenizer, [text]) else {}
+    return list(tokenizer.encode(text, add_special_tokens=False, **as_text))
+
+
+# ---- words that the tokenizer does not know ------------------------------------------------------
+
+
+def warn_of_unknown(tokenizer, pairs: Sequence) -> None:
+    """Warn where at least half of a prompt's or of a response's tokens are unknown ones.
+
+    Such a pair teaches a model little but that token. pairs: with prompt and response.
+    """
+    strange = [
+        p for p in pairs if max(_unknown(tokenizer, t) for t in (p.prompt, p.response)) >= 0.5
+    ]
+    if strange:
+        words = " ".join(strange[0].prompt.split()[:8])
+        warnings.warn(
+            f"{len(strange)} of {len(pairs)} pairs have a text of which at least half is unknown "
+            f"to the tokenizer ({tokenizer.unk_token}); the first is {words!r}",
+            stacklevel=3,
+        )
+
+
+def _unknown(tokenizer, text: str) -> float:
+    """The share of a text's tokens that are unknown."""
+    if tokenizer.unk_token_id is None:
+        return 0.0
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    return ids.count(tokenizer.unk_token_id) / max(1, len(ids))
