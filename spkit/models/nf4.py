@@ -85,7 +85,7 @@ def check_nf4(model: nn.Module) -> None:
     layer that is wrong. SpkitError where no decoding helps: scales that are not finite, or codes
     that do not stand for the weights.
     """
-    layers = {name: layer for name, layer in model.named_modules() if _is_4bit(layer)}
+    layers = {name: layer for name, layer in model.named_modules() if is_4bit(layer)}
     products, wrong = {}, {}
     for name, layer in layers.items():
         state = layer.weight.quant_state
@@ -190,7 +190,7 @@ def _check_codes(weight: Tensor, refuse) -> None:
         refuse(f"has a width at which quantising has a relative error of {error:.2g}")
 
 
-def _is_4bit(layer: nn.Module) -> bool:
+def is_4bit(layer: nn.Module) -> bool:
     return getattr(getattr(layer, "weight", None), "quant_state", None) is not None
 
 
