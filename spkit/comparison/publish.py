@@ -20,15 +20,26 @@ from spkit.system.files import atomic
 from spkit.validation import nearest
 
 
+IN_README = ("base", "SafePatching", "SafePatching, balanced", "Task Arithmetic, balanced", "GA")
+
+
 def sizes(tables: Tables, score: str) -> str:
     """The table of sizes, and which are withdrawn."""
     parts = [to_markdown(report.sizes(tables, score)), report.withdrawn(tables)]
     return "\n\n".join(part for part in parts if part)
 
 
-# name -> what stands in a page between `<!-- table: name -->` and `<!-- end -->`
+def in_short(tables: Tables, score: str = "paper") -> str:
+    """README's table: five rows and four columns of the comparison."""
+    whole = report.comparison(tables, score)
+    columns = ["method", "harmful unseen %", "false refusal %", "broken on harmful %", "utility %"]
+    return to_markdown(whole[whole["method"].isin(IN_README)][columns])
+
+
+# name -> what is in a page between `<!-- table: name -->` and `<!-- end -->`
 BLOCKS: dict[str, Callable[[Tables], str]] = {
     "caption": report.caption,
+    "in short": in_short,
     "hypervolumes": lambda tables: to_markdown(report.hypervolume(tables)),
     "ablations": lambda tables: to_markdown(report.ablation(tables)),
     "continual": lambda tables: to_markdown(report.continual(tables)),
