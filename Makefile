@@ -48,7 +48,7 @@ report: $(READY)
 publish: $(READY)
 	mkdir -p docs/experiment && cp outputs/experiment/full/tables/*.csv docs/experiment/
 	$(BIN)/spkit report docs/experiment > docs/experiment/report.md
-	$(BIN)/spkit report docs/experiment --into README.md --into docs/choosing.md
+	$(BIN)/spkit report docs/experiment --into README.md --into docs/results.md --into docs/choosing.md
 
 backbone: $(READY)
 	$(BIN)/python -m spkit.sandbox.ship $(PARAMS)

@@ -577,7 +577,7 @@ def test_an_unknown_block_is_an_error_that_names_it():
         publish.fill("<!-- table: captoin -->\n<!-- end -->", {})
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/choosing.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md", "docs/choosing.md"])
 def test_pages_show_the_committed_tables(page):
     """`make publish` was run after the last change of the tables or of how they are shown."""
     root = Path(__file__).parents[2]
