@@ -21,15 +21,13 @@ from spkit.examples import HarmfulPair, sample
 from spkit.method.patch import Factors
 from spkit.method.patching import top_rate_set
 from spkit.method.sets import BitSets
-from spkit.method.snip import decoder_layers, snip, snip_windows
+from spkit.method.snip import snip, snip_windows
 from spkit.method.training import attach
 from spkit.models.chat import collate, encode_pair
-from spkit.models.weights import target_weights
-from spkit.system.machine import free_memory
+from spkit.models.weights import decoder_layers, target_weights
+from spkit.system.machine import free_memory, layers_that_fit
 from spkit.system.out_of_memory import explained
 from spkit.system.tensors import load_tensors, save_tensors
-
-SHARE_OF_FREE_MEMORY = 0.4  # for the scores of one window; the passes need the rest
 
 Scores = dict[str, dict[str, Tensor]]  # {patch name: {tensor name: importance}}
 Batches = list[Mapping[str, Tensor]]
@@ -149,31 +147,17 @@ def top_rate_bits(windows: Iterable[Scores], patching: PatchingConfig) -> dict[s
     return sets
 
 
-# ---- memory --------------------------------------------------------------------------------------
-
-
 def layers_per_pass(
     model, targets: Sequence[str], config: ImportanceConfig, patches: int
 ) -> int | None:
     """config.layers_per_pass with "auto" resolved: as many as leave room; None: all at once."""
     if config.layers_per_pass != "auto":
         return config.layers_per_pass
-    weights = sum(
-        layer.in_features * layer.out_features for layer in target_weights(model, targets).values()
-    )
+    layers = target_weights(model, targets).values()
+    weights = sum(layer.in_features * layer.out_features for layer in layers)
     depth = len(decoder_layers(model))
     free = free_memory(model.get_input_embeddings().weight.device)
     return layers_that_fit(free, weights, depth, patches)
-
-
-def layers_that_fit(free: float, weights: int, depth: int, patches: int) -> int:
-    """How many of `depth` layers, with `weights` targeted ones in all, to score at once: 1 or more.
-
-    free: bytes. A layer takes 4 bytes a weight and patch, and once more for the product being
-    added.
-    """
-    a_layer = 4 * (patches + 1) * weights / depth
-    return max(1, min(depth, int(SHARE_OF_FREE_MEMORY * free / a_layer)))
 
 
 # ---- files ---------------------------------------------------------------------------------------

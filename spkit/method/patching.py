@@ -183,7 +183,7 @@ def kept_set(retained: Tensor, own: Tensor, other: Tensor) -> Tensor:
     return retained & difference_set(own, other)
 
 
-# ---- strengths -------------------------------------------------------------------------------
+# ---- strengths and the sum -------------------------------------------------------------------
 
 
 def squared_norm(delta: Tensor, keep: Tensor | None = None) -> float:
@@ -212,9 +212,6 @@ def rescaled(alpha: float, rate: float) -> float:
 def norm(squared_norms) -> float:
     """The norm of a whole patch from the `squared_norm` of its matrices."""
     return sqrt(sum(squared_norms))
-
-
-# ---- composition -----------------------------------------------------------------------------
 
 
 def merged_delta(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from spkit.errors import SpkitError
 from spkit.models.chat import answer_loss, mean_per_sample
-from spkit.models.weights import effective_weight, target_weights
+from spkit.models.weights import decoder_layers, effective_weight, target_weights
 
 
 def snip(
@@ -84,18 +84,6 @@ def snip_windows(
             scores = _score(model, window, batches)
         stored = following
         yield scores
-
-
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The model's stack of decoder layers, bare or wrapped; SpkitError where there is none."""
-    depth = model.config.get_text_config().num_hidden_layers
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return module
-    raise SpkitError(
-        f"{type(model).__name__} has no list of {depth} decoder layers; set "
-        "importance.layers_per_pass to null"
-    )
 
 
 def _score(

@@ -91,8 +91,8 @@ class Task:
 class Checkpoints:
     """Where a training keeps its state every `derivation.checkpoint_steps` steps and at its end.
 
-    A training with the same settings resumes from it, to the same bits on the same device.
-    saved: called after each write.
+    The same training resumes from it, to the same bits on the same device. saved: called after each
+    write.
     """
 
     folder: str | Path
@@ -316,10 +316,9 @@ def _adamw(kind: str, weights, rate: float) -> torch.optim.Optimizer:
 
 
 def lora_seed(config: DerivationConfig, seed: int, name: str) -> int:
-    """The seed of the factors A that a derivation starts from.
+    """The seed of the factors A: one for SE and OSM with `derivation.shared_init`, or their own.
 
-    derivation.shared_init: SE and OSM start from the same A, which makes much of the cosine between
-    them; otherwise each patch draws its own.
+    The shared start makes much of the cosine between the two patches.
     """
     if config.shared_init:
         return seed

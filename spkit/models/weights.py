@@ -56,6 +56,18 @@ def target_weights(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Mod
     return chosen
 
 
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The model's stack of decoder layers, bare or wrapped; SpkitError where there is none."""
+    depth = model.config.get_text_config().num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return module
+    raise SpkitError(
+        f"{type(model).__name__} has no list of {depth} decoder layers; set "
+        "importance.layers_per_pass to null"
+    )
+
+
 def effective_weight(module: nn.Module) -> torch.Tensor:
     """The matrix that the layer multiplies with, fp32 [out, in], without gradient.
 

@@ -21,10 +21,9 @@ import pandas as pd
 from spkit.config import Config
 from spkit.errors import SpkitError
 from spkit.method.balancing import AT_ONCE
-from spkit.method.importance import layers_that_fit
 from spkit.models.loading import DTYPES, resolve_device
 from spkit.running.shape import Matrix, Shape, shape_of
-from spkit.system.machine import free_memory, own_memory
+from spkit.system.machine import free_memory, layers_that_fit, own_memory
 
 GIB = 2**30
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight, with double quantisation
@@ -258,7 +257,7 @@ def importance(see: Sizes, patches: int = 0) -> list[Moment]:
 
 
 def _layers_per_pass(see: Sizes) -> int:
-    """importance.layers_per_pass as a number; "auto" as scoring.py takes it, 1 if free is None."""
+    """importance.layers_per_pass as a number; "auto" as the scoring takes it, 1 if free is None."""
     wanted, s = see.config.importance.layers_per_pass, see.shape
     if wanted != "auto":
         return min(wanted or s.layers, s.layers)

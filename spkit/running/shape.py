@@ -14,7 +14,7 @@ from torch import nn
 
 from spkit.config import Config
 from spkit.errors import SpkitError
-from spkit.method.snip import decoder_layers
+from spkit.models.weights import decoder_layers
 from spkit.sandbox.tokenizer import build_tokenizer
 from spkit.sandbox.train import build_model
 

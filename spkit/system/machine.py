@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE = Path(__file__).parents[1]
+SHARE_OF_FREE_MEMORY = 0.4  # for the scores of one window of layers; the passes need the rest
 LIBRARIES = (
     "spkit torch transformers peft accelerate bitsandbytes datasets numpy pandas safetensors "
     "pydantic statsmodels papermill snakemake"
@@ -75,6 +76,16 @@ def free_memory(device) -> int:
         line = next(x for x in meminfo.read_text().splitlines() if x.startswith("MemAvailable:"))
         return int(line.split()[1]) * 2**10
     return 4 * 2**30  # not Linux, and nothing to ask: a small machine's
+
+
+def layers_that_fit(free: float, weights: int, depth: int, patches: int) -> int:
+    """How many of `depth` layers, with `weights` targeted ones in all, to score at once: 1 or more.
+
+    free: bytes. A layer takes 4 bytes a weight and patch, and once more for the product being
+    added.
+    """
+    a_layer = 4 * (patches + 1) * weights / depth
+    return max(1, min(depth, int(SHARE_OF_FREE_MEMORY * free / a_layer)))
 
 
 def own_memory() -> int:

@@ -12,10 +12,10 @@ from torch.func import functional_call
 from spkit.errors import SpkitError
 from spkit.method import importance
 from spkit.method import snip as scoring
-from spkit.method.snip import decoder_layers, snip, snip_windows
+from spkit.method.snip import snip, snip_windows
 from spkit.models import chat
 from spkit.models.loading import load
-from spkit.models.weights import effective_weight, target_weights
+from spkit.models.weights import decoder_layers, effective_weight, target_weights
 from spkit.system import tensors
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
