@@ -65,10 +65,8 @@ class ImportanceSummary:
             for rate, other_rate in self._pairs:
                 own = keys["se"] >= floors["se"][rate]
                 other = keys["osm"] >= floors["osm"][other_rate]
-                both = int((own & other).sum())
-                counts = {"own": int(own.sum()), "other": int(other.sum()), "both": both}
                 rates = {"rate": rate, "other_rate": other_rate}
-                self._counts.append({**place(tensor), **rates, **counts})
+                self._counts.append({**place(tensor), **rates, **_counts(own, other)})
 
     @staticmethod
     def _held(score: Tensor, keys: Tensor, floor: int) -> float:
@@ -148,19 +146,16 @@ def overlap(own: Sets, other: Sets) -> pd.DataFrame:
     both / either. A row with the tensor "all" sums the counts over all matrices. Empty sets give
     shares of 0.
     """
-    rows = [
-        {
-            **place(name),
-            "own": int(mask.sum()),
-            "other": int(other[name].sum()),
-            "both": int(intersection_set(mask, other[name]).sum()),
-        }
-        for name, mask in own.items()
-    ]
+    rows = [{**place(name), **_counts(mask, other[name])} for name, mask in own.items()]
     frame = pd.DataFrame(rows)
     total = frame[["own", "other", "both"]].sum()
     frame.loc[len(frame)] = {"tensor": "all", "layer": -1, "module": "all", **total}
     return with_measures(frame)
+
+
+def _counts(own: Tensor, other: Tensor) -> dict[str, int]:
+    both = intersection_set(own, other)
+    return {"own": int(own.sum()), "other": int(other.sum()), "both": int(both.sum())}
 
 
 def with_measures(frame: pd.DataFrame) -> pd.DataFrame:

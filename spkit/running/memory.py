@@ -42,7 +42,7 @@ READ_WIDTHS = 4  # the same in the compute dtype, without gradients
 MERGE_BYTES = 24  # a weight of one matrix while two deltas are merged and sought through
 RANK_BYTES = 18  # a weight of one matrix while it is ranked and binned for the figures
 LOAD_BYTES = 13  # a weight of one matrix while it is quantised on a CPU; a GPU has a kernel for it
-BINS = 2 * 2**16 * 8  # bytes a matrix: both patches' histograms in importance_summary.py
+BINS = 2 * 2**16 * 8  # bytes a matrix: both patches' histograms in method/overlap.py
 SETS_IN_03 = 2  # sets of weights that notebook 03 holds beside those of the variant that answers
 
 # Fixed; those of a GPU are assumed, those of a CPU were measured.

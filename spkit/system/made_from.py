@@ -62,8 +62,8 @@ def closure(roots: Iterable[str]) -> set[str]:
         found.add(module)
         path = _file(module)
         left += _imports(path, path.stat().st_mtime_ns)
-        # a folder's __init__ runs before its module does; spkit's own holds nothing but the front
-        # door, which names modules that this one does not use
+        # a folder's __init__ runs before its module does; spkit's own does not count, because the
+        # front door imports what this module does not use
         left += [parent for parent in (module.rpartition(".")[0],) if "." in parent]
     return found
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from spkit.models.weights import place
+from spkit.models.checkpoint_files import place
 
 
 @pytest.mark.parametrize(
