@@ -13,8 +13,9 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -84,43 +85,54 @@ def run(units: list[Unit], root: str | Path, *, jobs: int, label: str) -> dict[s
     if not waiting:
         return folders
     done = {unit.name for unit in units} - {unit.name for unit in waiting}
-    bar = tqdm(total=round(sum(u.seconds for u in waiting)), desc=label, unit="s", smoothing=0.05)
-    # in the workers' environment before they start: tqdm reads it when it is imported
+    total = round(sum(unit.seconds for unit in waiting))
+    with _hushed(), tqdm(total=total, desc=label, unit="s", smoothing=0.05) as bar:
+        # spawn: a fork of a process in which torch has run may hang
+        pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_quiet)
+        try:
+            _work_off(waiting, done, folders, pool, jobs, bar)
+        except BaseException:
+            # after Ctrl-C or an error nobody waits for what still runs; shutdown forgets the rest
+            for process in list((pool._processes or {}).values()):
+                process.terminate()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return folders
+
+
+def _work_off(waiting: list[Unit], done: set[str], folders: Mapping, pool, jobs: int, bar) -> None:
+    """Start every unit whose needs are done, at most `jobs` at a time, until none is left."""
+    running: dict = {}
+    while waiting or running:
+        for unit in [u for u in waiting if set(u.needs) <= done]:
+            if len(running) == jobs:
+                break
+            needed = {need: folders[need] for need in unit.needs}
+            running[pool.submit(_do, unit, folders[unit.name], needed)] = unit
+            waiting.remove(unit)
+            bar.set_postfix_str(unit.name, refresh=True)
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            unit = running.pop(future)
+            try:
+                future.result()
+            except Exception as error:
+                raise SpkitError(f"{unit.name} failed: {error}") from error
+            done.add(unit.name)
+            bar.update(round(unit.seconds))
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """No bars of the workers: it is in their environment before they start and import tqdm."""
     hushed = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     before = {key: os.environ.get(key) for key in hushed}
     os.environ.update(hushed)
-    # spawn: a fork of a process in which torch has run may hang
-    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_quiet)
-    running: dict = {}
     try:
-        while waiting or running:
-            for unit in [u for u in waiting if set(u.needs) <= done]:
-                if len(running) == jobs:
-                    break
-                needed = {need: folders[need] for need in unit.needs}
-                future = pool.submit(_do, unit, folders[unit.name], needed)
-                running[future] = unit
-                waiting.remove(unit)
-                bar.set_postfix_str(unit.name, refresh=True)
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                unit = running.pop(future)
-                try:
-                    future.result()
-                except Exception as error:
-                    raise SpkitError(f"{unit.name} failed: {error}") from error
-                done.add(unit.name)
-                bar.update(round(unit.seconds))
-    except BaseException:
-        # after Ctrl-C or an error nobody waits for what still runs; shutdown forgets the processes
-        for process in list((pool._processes or {}).values()):
-            process.terminate()
-        raise
+        yield
     finally:
-        bar.close()
         for key, value in before.items():
             os.environ.pop(key) if value is None else os.environ.update({key: value})
-        pool.shutdown(cancel_futures=True)
-    return folders
 
 
 def _quiet() -> None:

@@ -16,7 +16,8 @@ No test prompt is read here. A method with one parameter gets as many trials as 
 
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import pandas as pd
 
@@ -27,6 +28,16 @@ ENOUGH = 0.8  # a rate that has fallen to this share of base's is safely below i
 FREE_UTILITY_LOSS = 1.0  # percentage points
 NO_GAIN = 1e-9  # of the area: a dominated setting adds 0, but for the last digit of a sum
 RANDOM_TRIALS = 10  # of each study; the same ones under both scores
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One trial: the setting, every backbone's answer, and what the sampler had drawn."""
+
+    setting: dict[str, float]
+    found: list[dict[str, float]]
+    parameters: dict
+    distributions: dict
 
 
 def cost(now: Mapping[str, float], base: Mapping[str, float]) -> float:
@@ -57,39 +68,42 @@ def search(
     ask(setting) gives the shares of verdicts (arena.shares) for each backbone; base is the same for
     no patch. Settings are rounded to three digits, so that a table shows what was run.
     """
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    asked: list[tuple[dict, list[dict[str, float]]]] = []
+    asked: list[Asked] = []
     known: dict[str, list[dict[str, float]]] = {}
-    distributions: list[tuple[dict, dict]] = []
-    shares_of_trials = {"paper": trials - trials // 3, "strict": trials // 3}
-    for score, count in shares_of_trials.items():
-        sampler = optuna.samplers.TPESampler(
-            seed=seed, n_startup_trials=RANDOM_TRIALS, multivariate=True
-        )
-        study = optuna.create_study(sampler=sampler)
-        for (_, found), (parameters, kinds) in zip(asked, distributions, strict=True):
-            study.add_trial(
-                optuna.trial.create_trial(
-                    params=parameters,
-                    distributions=kinds,
-                    value=_value(found, base, score),
-                )
-            )
+    for score, count in {"paper": trials - trials // 3, "strict": trials // 3}.items():
+        study = _study(asked, base, score, seed)
         for _ in range(count):
             trial = study.ask()
             setting: dict[str, float] = {}
             for key, domain in space.items():
                 setting[key] = _suggest(trial, key, domain, setting)
-            key = json.dumps(setting)
-            if key not in known:
-                known[key] = ask(setting)
-            asked.append((setting, known[key]))
-            distributions.append((dict(trial.params), dict(trial.distributions)))
-            study.tell(trial, _value(known[key], base, score))
+            text = json.dumps(setting)
+            if text not in known:
+                known[text] = ask(setting)
+            asked.append(Asked(setting, known[text], dict(trial.params), dict(trial.distributions)))
+            study.tell(trial, _value(known[text], base, score))
     return {score: _table(asked, base, score) for score in SCORES}
+
+
+def _study(asked: Sequence[Asked], base: list[dict], score: str, seed: int):
+    """A study of TPE under one score that knows what has been asked so far."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    sampler = optuna.samplers.TPESampler(
+        seed=seed, n_startup_trials=RANDOM_TRIALS, multivariate=True
+    )
+    study = optuna.create_study(sampler=sampler)
+    for one in asked:
+        study.add_trial(
+            optuna.trial.create_trial(
+                params=one.parameters,
+                distributions=one.distributions,
+                value=_value(one.found, base, score),
+            )
+        )
+    return study
 
 
 def _value(found: list[dict], base: list[dict], score: str) -> float:
@@ -100,12 +114,12 @@ def _value(found: list[dict], base: list[dict], score: str) -> float:
     return overall(costs)
 
 
-def _table(asked: list[tuple[dict, list[dict]]], base: list[dict], score: str) -> pd.DataFrame:
+def _table(asked: Sequence[Asked], base: list[dict], score: str) -> pd.DataFrame:
     rows = []
-    for number, (setting, found) in enumerate(asked):
-        mean = pd.DataFrame([failures(now, score) for now in found]).mean().to_dict()
-        about = {"trial": number, "setting": json.dumps(setting)}
-        rows.append({**about, "cost": _value(found, base, score), **mean})
+    for number, one in enumerate(asked):
+        mean = pd.DataFrame([failures(now, score) for now in one.found]).mean().to_dict()
+        about = {"trial": number, "setting": json.dumps(one.setting)}
+        rows.append({**about, "cost": _value(one.found, base, score), **mean})
     return pd.DataFrame(rows)
 
 
