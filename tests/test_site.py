@@ -234,6 +234,21 @@ def test_links_of_the_repository_become_links_of_the_site(hooks):
     ]
 
 
+def test_markdown_is_read_as_github_reads_it(hooks):
+    import page_text
+
+    text = "words\n$$a = b$$\nCode: `x`.\n* one\n  * two\n| a |\n```\n* three\n```"
+    found = page_text.as_github_reads(text)
+    assert re.sub(r"\n{2,}", "\n\n", found) == (
+        "words\n\n$$a = b$$\n\nCode: `x`.\n\n* one\n    * two\n| a |\n```\n* three\n```"
+    )
+    table = "<table><td>1.5 [1.0, 2.0] *</td><td>1.5</td></table>"
+    assert page_text.on_page_content(table, None, None, None) == (
+        '<div class="scroll"><table><td class="interval">1.5 [1.0, 2.0] *</td><td>1.5</td></table>'
+        "</div>"
+    )
+
+
 # ---- the built site ------------------------------------------------------------------------------
 
 

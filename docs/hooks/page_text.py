@@ -27,8 +27,10 @@ def on_page_markdown(markdown, page, config, files):
 
 def on_page_content(html, page, config, files):
     """MkDocs calls this with each page's HTML: tables may scroll, and raw HTML is put in."""
-    html = re.sub(r"<table>", '<div class="scroll"><table>', html)
-    html = re.sub(r"</table>", "</table></div>", html)
+    html = html.replace("<table>", '<div class="scroll"><table>')
+    html = html.replace("</table>", "</table></div>")
+    # "24.1 [18.3, 30.2] *" stays on one line
+    html = re.sub(r"<td>(-?[\d.,]+ \[[^<\]]+\][ *]*)</td>", r'<td class="interval">\1</td>', html)
     return Raw.put(html)
 
 
