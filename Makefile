@@ -9,6 +9,7 @@
 #   make publish                              the full experiment's tables into docs/ and README
 #   make backbone                             train the shipped sandbox backbone again, by its recipe
 #   make lab                                  JupyterLab on the notebooks
+#   make docs                                 the site, into site/: pages, executed notebooks, reference
 #   make test, make lint                      what the continuous integration runs
 #   make fuzz                                 20,000 wrong patch files and checkpoints (FILES=200000)
 #   make clean                                delete all runs and caches (make distclean: .venv too)
@@ -28,7 +29,7 @@ TABLES ?= docs/experiment
 BIN := $(VENV)/bin
 READY := $(VENV)/.spkit-installed
 
-.PHONY: walkthrough seeds experiment report publish backbone test fuzz lint lab clean distclean
+.PHONY: docs solutions walkthrough seeds experiment report publish backbone test fuzz lint lab clean distclean
 
 walkthrough: $(READY)
 	$(BIN)/spkit run $(PARAMS) --cores $(CORES) \
@@ -70,7 +71,7 @@ lab: $(READY)
 
 clean:
 	find outputs -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +
-	rm -rf .snakemake .pytest_cache .ruff_cache .hypothesis .coverage htmlcov build dist
+	rm -rf .snakemake .pytest_cache .ruff_cache .hypothesis .coverage htmlcov build dist site
 
 distclean: clean
 	rm -rf $(VENV) *.egg-info
@@ -80,3 +81,19 @@ $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all]'
 	touch $@
+
+# ---- the site ----
+
+# a walkthrough and solutions that are there already are not run again
+docs: $(READY)
+	$(MAKE) walkthrough PARAMS=params/sandbox.yaml SEED=0 RUN=sandbox
+	$(MAKE) solutions
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "The site is in site/: open site/index.html"
+
+LOG := outputs/sandbox/seed-0/log
+solutions: $(patsubst notebooks/%,$(LOG)/%,$(wildcard notebooks/solutions/*.ipynb))
+
+$(LOG)/solutions/%.ipynb: notebooks/solutions/%.ipynb $(READY)
+	mkdir -p $(@D)
+	$(BIN)/papermill -k python3 --log-level WARNING $< $@ || { rm -f $@; exit 1; }
