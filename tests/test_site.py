@@ -6,6 +6,7 @@ Checks of the built site are skipped where `make docs` has not been run.
 import ast
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -35,7 +36,7 @@ def blocks(page):
 
 def followed(page, folder):
     """A copy of the repository in which every titled block of the page has been carried out."""
-    wanted = ("spkit", "tests", "docs", "params", "notebooks")
+    wanted = ("spkit", "tests", "params")
     for name in wanted:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
@@ -67,13 +68,11 @@ def python(folder, *arguments):
 def test_a_method_is_added_as_the_page_says(tmp_path):
     folder = followed("add_method.md", tmp_path)
     (command,) = re.findall(r"^python -m (pytest .+)$", text_of(DOCS / "add_method.md"), re.M)
-    done = python(folder, "-m", *command.split(), "-q", "-p", "no:cacheprovider")
+    done = python(folder, "-m", *shlex.split(command), "-p", "no:cacheprovider")
     assert done.returncode == 0, done.stdout
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 4
-    order = "test_methods.py::test_the_methods_in_the_tables_order_with_their_spaces"
-    tests = ["tests/comparison/test_magnitude.py", f"tests/comparison/{order}"]
-    done = python(folder, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
-    assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout
+    for module, least in (("test_methods", 5), ("test_magnitude", 1)):
+        passed = re.search(rf"{module}\.py (\.+) ", done.stdout)
+        assert len(passed[1]) >= least, done.stdout
 
 
 def test_a_reader_is_added_as_the_page_says(tmp_path):
