@@ -6,6 +6,7 @@ table that `spkit run` ends with. Numbers are only copied here, never computed.
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -17,14 +18,13 @@ from spkit.evaluation.rates import COLUMNS, headline
 from spkit.running.runs import STAGES, read_record, run_folder, stage_folder
 from spkit.system.files import save_csv
 
-WIDTH = 9  # of a column of figures
-HEADS = (  # of evaluation.rates.HEADLINE
-    ("harmful", "seen"),
-    ("harmful", "unseen"),
-    ("broken,", "harmful"),
-    ("false", "refusal"),
-    ("broken,", "harmless"),
-    ("utility", ""),
+HEADS = (  # of evaluation.rates.HEADLINE, with the widths of their columns
+    ("harmful", "seen", 8),
+    ("harmful", "unseen", 8),
+    ("broken,", "harmful", 8),
+    ("false", "refusal", 8),
+    ("broken,", "harmless", 9),
+    ("utility", "", 8),
 )
 
 
@@ -74,15 +74,15 @@ def short_table(frame: pd.DataFrame, patching: PatchingConfig | None = None) -> 
 def _lined_up(rows: list[list[str]]) -> str:
     """The rows under the two lines of HEADS; a row of one cell is the title of a part."""
     first = max(len(row[0]) for row in rows if len(row) > 1)
-    lines = [
-        "percent".ljust(first) + "".join(head[0].rjust(WIDTH) for head in HEADS),
-        " " * first + "".join(head[1].rjust(WIDTH) for head in HEADS),
-    ]
+
+    def line(name: str, cells: Sequence[str]) -> str:
+        padded = (cell.rjust(head[-1]) for cell, head in zip(cells, HEADS, strict=True))
+        return (name.ljust(first) + "".join(padded)).rstrip()
+
+    lines = [line("percent", [head[0] for head in HEADS]), line("", [head[1] for head in HEADS])]
     for name, *cells in rows:
-        if not cells:
-            lines.append("")
-        lines.append((name.ljust(first) + "".join(cell.rjust(WIDTH) for cell in cells)).rstrip())
-    return "\n".join(line.rstrip() for line in lines)
+        lines += [line(name, cells)] if cells else ["", name]
+    return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -215,7 +215,7 @@ def test_ctrl_c_is_exit_code_130(place, tmp_path, monkeypatch):
 
     monkeypatch.setattr("spkit.patchfile.apply.stream", stop)
     done = run("apply", place / "p.safetensors", place / "base", tmp_path / "made")
-    assert done.exit_code == 130 and "goes on where it was cut" in done.stderr
+    assert done.exit_code == 130 and "the same command resumes" in done.stderr
 
 
 def test_make_needs_a_finished_run(tmp_path):

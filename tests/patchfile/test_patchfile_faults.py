@@ -97,10 +97,10 @@ from pathlib import Path
 from threading import Lock
 from traceback import print_exc
 
-from spkit import store
 from spkit.patchfile import output, stream
 from spkit.patchfile import target as target_folder
 from spkit.patchfile.apply import apply
+from spkit.system import store
 
 output.LEAST = output.ALIGN  # small tensors go straight to the disk, too
 patch, source, target, before = map(Path, sys.argv[1:5])

@@ -215,18 +215,13 @@ def test_the_equations_of_the_method_are_there(stage, equations):
 # ---- the walkthrough -----------------------------------------------------------------------------
 
 
-def make_commands():
-    """What `make walkthrough` calls: Snakemake, then the summary, each as a list of words."""
+def run_command(outputs, *options):
+    """What `make walkthrough` calls, with results in `outputs`."""
     command = ["make", "--dry-run", "walkthrough", "PARAMS=params/micro.yaml", "SEED=", "RUN="]
     text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    lines = [line.split(maxsplit=1) for line in text.replace("\\\n", " ").splitlines()]
-    snakemake = next(line[1] for line in lines if line and line[0].endswith("/snakemake"))
-    table = next(line[1] for line in lines if line and "spkit.running.summary" in line[1:2][0])
-    return ["-m", "snakemake", *shlex.split(snakemake)], shlex.split(table)
-
-
-def snakemake_command(outputs, *settings):
-    return [sys.executable, *make_commands()[0], f"outputs={outputs}", *settings]
+    lines = [shlex.split(line) for line in text.replace("\\\n", " ").splitlines()]
+    (words,) = [line[1:] for line in lines if line and line[0].endswith("/spkit")]
+    return [sys.executable, "-m", "spkit", *words, "-o", f"outputs={outputs}", *options]
 
 
 def call(command):
@@ -250,7 +245,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def walkthrough(runs):
-    """The whole walkthrough as make runs it.
+    """The whole walkthrough as `make walkthrough` runs it.
 
     outputs: its root folder, which later calls may change. kept: a copy of it as it was. run: the
     run folder in that copy.
@@ -265,17 +260,10 @@ def by_hand(runs):
 
 
 def run_by_make(outputs):
-    ended = call(snakemake_command(outputs))
+    ended = call(run_command(outputs))
     assert ended.code == 0, ended.text[-3000:]
-    command = make_commands()[1]
-    # the summary knows other outputs from a params file alone
-    command[command.index("params/micro.yaml")] = str(run_in(outputs) / "params.yaml")
-    table = call([sys.executable, *command])
-    assert table.code == 0, table.text
     kept = shutil.copytree(outputs, outputs.with_name("kept"))
-    return SimpleNamespace(
-        outputs=outputs, kept=kept, run=run_in(kept), text=ended.text, table=table.text
-    )
+    return SimpleNamespace(outputs=outputs, kept=kept, run=run_in(kept), text=ended.text)
 
 
 def run_by_hand(outputs):
@@ -359,12 +347,33 @@ def test_the_results_are_one_tidy_table(walkthrough):
     assert not frame.duplicated(keys).any()
 
 
-def test_the_short_table_is_printed(walkthrough):
-    for row in (rf"{BACKBONE} +base", rf"{PATCHING} +SafePatching", rf"{CONTINUAL} +3 +GA"):
-        assert re.search(rf"^{row} +\d+\.\d", walkthrough.table, re.M), walkthrough.table
+def test_progress_and_the_short_table_are_printed(walkthrough):
+    lines = walkthrough.text.splitlines()
+    for number, stage in enumerate(STAGES, 1):
+        name = stage.replace("_", " ")
+        assert sum(line.endswith(f"/6] {name} ...") for line in lines) == 1
+        assert any(re.match(rf"\[\d/6\] {name}: \d+ s", line) for line in lines)
+        assert any(line.startswith(f"[{number}/6] ") for line in lines)
+    for title, row in (
+        ("00 backbone", "base"),
+        ("03 controllable patching", "SafePatching, balanced"),
+        ("04 continual PSA, stage 3", "GA"),
+    ):
+        part = walkthrough.text.partition(f"\n{title}\n")[2].partition("\n\n")[0]
+        assert re.search(rf"^  {row} +\d+\.\d", part, re.M), walkthrough.text
     path = run_in(walkthrough.outputs) / "results.csv"
-    assert f"All rows, with intervals: {path}" in walkthrough.table
-    assert "nan" not in walkthrough.table
+    assert f"All rows, with intervals: {path}" in walkthrough.text
+    assert "nan" not in walkthrough.text and "rule" not in walkthrough.text
+    shown = [line for line in lines if str(walkthrough.outputs) not in line]
+    assert max(map(len, shown)) <= 80
+
+
+@every_notebook
+def test_an_executed_notebook_is_given_what_differs_and_shows_no_loading_bars(walkthrough, stage):
+    executed = nbformat.read(walkthrough.run / "log" / f"{stage}.ipynb", as_version=4)
+    (given,) = [cell for cell in executed.cells if tagged(cell, "injected-parameters")]
+    assert len(given.source.splitlines()) < 15 and "run_name" in given.source
+    assert "Loading weights" not in nbformat.writes(executed)
 
 
 @every_notebook
@@ -405,22 +414,22 @@ def files(folder):
 def again(walkthrough):
     """The same command a second time."""
     before = times(walkthrough.outputs)
-    ended = call(snakemake_command(walkthrough.outputs))
+    ended = call(run_command(walkthrough.outputs))
     return SimpleNamespace(ended=ended, before=before, after=times(walkthrough.outputs))
 
 
 @pytest.fixture(scope="session")
 def changed(walkthrough, again):
     """The same command with one value of the evaluation changed; after `again`."""
-    setting = "overrides={evaluation.prompts_per_cell: 4}"
+    setting = ("-o", "evaluation.prompts_per_cell=4")
     before = times(walkthrough.outputs)
-    ended = call(snakemake_command(walkthrough.outputs, setting))
+    ended = call(run_command(walkthrough.outputs, *setting))
     return SimpleNamespace(ended=ended, before=before, after=times(walkthrough.outputs))
 
 
 def test_a_second_call_does_nothing(again):
     assert again.ended.code == 0, again.ended.text
-    assert "Nothing to be done" in again.ended.text
+    assert "nothing to be done" in again.ended.text
     assert again.after == again.before
 
 
@@ -451,7 +460,7 @@ def test_a_killed_walkthrough_goes_on_where_it_was_cut(walkthrough, tmp_path):
     first = folder / "stages" / "safepatching" / "stage-1" / "stage.json"
     # output to nowhere: nobody reads the pipes while we wait
     running = subprocess.Popen(
-        snakemake_command(outputs),
+        run_command(outputs),
         cwd=ROOT,
         env=ENVIRONMENT,
         start_new_session=True,
@@ -467,7 +476,7 @@ def test_a_killed_walkthrough_goes_on_where_it_was_cut(walkthrough, tmp_path):
         running.wait()
     assert first.exists() and not (folder / "record.json").exists()
     made = first.stat().st_mtime_ns
-    ended = call(snakemake_command(outputs))
+    ended = call(run_command(outputs))
     assert ended.code == 0, ended.text[-3000:]
     assert first.stat().st_mtime_ns == made  # read, not made again
     assert different(run_in(outputs), walkthrough.run) == []
@@ -594,7 +603,7 @@ def test_a_mistyped_section_is_one_sentence(alone):
 
 
 def test_no_token_is_written_anywhere(walkthrough, by_hand):
-    told = [walkthrough.text, walkthrough.table, *map(nbformat.writes, by_hand.notebooks.values())]
+    told = [walkthrough.text, *map(nbformat.writes, by_hand.notebooks.values())]
     assert not any(secret in text for text in told for secret in (TOKEN, KEY))
     everything = files(walkthrough.run) + files(by_hand.run)
     assert len(everything) > 100

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import matplotlib
@@ -17,7 +18,7 @@ from safetensors import SafetensorError
 from spkit.config import Config, load_params
 from spkit.errors import SpkitError
 from spkit.evaluation.rates import COLUMNS
-from spkit.running import runs, summary
+from spkit.running import summary
 from spkit.running.notebook import repository_root, start, why_failed
 from spkit.running.runs import (
     STAGES,
@@ -29,7 +30,7 @@ from spkit.running.runs import (
     stage_folder,
     stamp,
 )
-from spkit.system import machine
+from spkit.system import machine, made_from
 from spkit.system.files import atomic, make_folder
 
 ROOT = Path(__file__).parents[2]
@@ -231,10 +232,51 @@ def test_only_what_both_stages_depend_on_makes_one_outdated():
 
 
 def test_changed_code_upstream_is_a_warning(monkeypatch):
+    Path("notebooks").mkdir()
+    notebook("from spkit.models import chat", name=f"notebooks/{BACKBONE}.ipynb")
     complete([BACKBONE])
-    monkeypatch.setattr(runs, "_code", lambda stage: [("spkit/models/chat.py", "other")])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        require(config(), DERIVATION)
+    # 01 has a notebook of its own; what it shares with 00 is compared
+    notebook("from spkit.models import chat", name=f"notebooks/{DERIVATION}.ipynb")
+    change_file(monkeypatch, "models/chat.py")
     with pytest.warns(UserWarning, match="made before a change in spkit/models/chat.py"):
         require(config(), DERIVATION)
+
+
+def change_file(monkeypatch, name):
+    """As if this file of the package had other contents now."""
+    digest, changed = made_from._digest, made_from.PACKAGE / name
+    assert changed.is_file()
+
+    def other(path, stamp):
+        return f"changed {digest(path, stamp)}" if path == changed else digest(path, stamp)
+
+    monkeypatch.setattr(made_from, "_digest", other)
+
+
+@pytest.mark.parametrize(
+    ("file", "stages"),
+    [
+        ("method/sets.py", list(STAGES)[1:]),  # whatever keeps a set of weights, or draws one
+        ("models/patched.py", [PATCHING, CONTINUAL, COMPARISON]),
+        ("evaluation/utility/__init__.py", [BACKBONE, PATCHING]),
+        ("sandbox/weights/model.safetensors", [BACKBONE]),
+        ("comparison/report.py", [COMPARISON]),
+        # what cannot change a result reruns nothing
+        ("cli/front.py", []),
+        ("running/walkthrough.py", []),
+        ("running/runs.py", []),
+        ("errors.py", []),
+    ],
+)
+def test_changed_code_reruns_the_notebooks_that_import_it(monkeypatch, file, stages):
+    monkeypatch.chdir(ROOT)  # the real notebooks
+    before = {stage: stamp(config(), stage).name for stage in STAGES}
+    change_file(monkeypatch, file)
+    after = {stage: stamp(config(), stage).name for stage in STAGES}
+    assert [stage for stage in STAGES if before[stage] != after[stage]] == stages
 
 
 def test_changed_input_file_makes_its_results_outdated():
@@ -432,7 +474,7 @@ def test_summary_of_the_stages_that_are_complete(capsys):
     summary.main(["mine.yaml", "--seed", "0", "--run-name", "sandbox"])
     printed = capsys.readouterr().out
     path = run_folder(config()) / "results.csv"
-    assert str(path) in printed and "03_controllable_patching" in printed and "30.0" in printed
+    assert str(path) in printed and "03 controllable patching" in printed and "30.0" in printed
     frame = pd.read_csv(path)
     assert list(frame["notebook"].unique()) == [BACKBONE, PATCHING, CONTINUAL]
     assert list(frame.columns) == ["notebook", *COLUMNS]

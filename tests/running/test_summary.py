@@ -15,6 +15,7 @@ from spkit.running.runs import STAGES, run_folder, stage_folder
 
 BACKBONE, DERIVATION, IMPORTANCE, PATCHING, CONTINUAL, COMPARISON = STAGES
 HEADER = ",".join(COLUMNS)
+PART_03 = "03 controllable patching"
 
 
 @pytest.fixture(autouse=True)
@@ -141,10 +142,14 @@ def test_a_second_writing_replaces_the_first():
 
 
 def lines_of(table):
-    """The body of a printed table, a list of cells a line; cells stand two spaces apart."""
-    body = table.splitlines()
-    rule = next(i for i, line in enumerate(body) if set(line) == {"-", " "})
-    return [re.split(r"\s{2,}", line.strip()) for line in body[rule + 1 :]]
+    """The body of a printed table: [title of the part, model, cell, ...] of each row."""
+    found, title = [], None
+    for line in table.splitlines()[2:]:
+        if line and not line.startswith(" "):
+            title = line
+        elif line:
+            found.append([title, *re.split(r"\s{2,}", line.strip())])
+    return found
 
 
 FULL = {"seen": "harmful", "unseen": "harmful", "harmless": "refusal", "utility": "utility"}
@@ -163,9 +168,9 @@ def test_short_table_by_hand():
     put(BACKBONE, *all_cells("base", 4, 6, 3, 7))
     put(PATCHING, *all_cells("SafePatching", 1, 0, 2, 8), *all_cells("base", 4, 6, 3, 7))
     assert lines_of(summary.short_table(summary.collect(config()))) == [
-        [BACKBONE, "base", "50.0", "75.0", "12.5", "37.5", "12.5", "87.5"],
-        [PATCHING, "SafePatching", "12.5", "0.0", "12.5", "25.0", "12.5", "100.0"],
-        [PATCHING, "base", "50.0", "75.0", "12.5", "37.5", "12.5", "87.5"],
+        ["00 backbone", "base", "50.0", "75.0", "12.5", "37.5", "12.5", "87.5"],
+        [PART_03, "SafePatching", "12.5", "0.0", "12.5", "25.0", "12.5", "100.0"],
+        [PART_03, "base", "50.0", "75.0", "12.5", "37.5", "12.5", "87.5"],
     ]
 
 
@@ -175,11 +180,33 @@ def test_short_table_has_a_row_for_every_continual_stage():
     put(CONTINUAL, *lines, header=HEADER + ",stage")
     table = summary.short_table(summary.collect(config()))
     assert [cells[:4] for cells in lines_of(table)] == [
-        [BACKBONE, "base", "50.0", "75.0"],  # it has no stage
-        [CONTINUAL, "1", "GA", "12.5"],
-        [CONTINUAL, "2", "GA", "25.0"],
+        ["00 backbone", "base", "50.0", "75.0"],  # it has no stage
+        ["04 continual PSA, stage 1", "GA", "12.5", "75.0"],
+        ["04 continual PSA, stage 2", "GA", "25.0", "75.0"],
     ]
-    assert "notebook" in table and "stage" in table
+
+
+def test_short_table_fits_80_columns_and_names_its_columns():
+    names = ("without retention (same α)", "SafePatching, balanced", "base")
+    put(PATCHING, *(line for name in names for line in all_cells(f'"{name}"', 8, 8, 8, 8)))
+    lines = summary.short_table(summary.collect(config())).splitlines()
+    assert max(map(len, lines)) <= 80
+    heads = zip(lines[0].split(), ["", *lines[1].split(), ""], strict=True)
+    assert [" ".join(pair).strip() for pair in heads] == [
+        *("percent", "harmful seen", "harmful unseen", "broken, harmful"),
+        *("false refusal", "broken, harmless", "utility"),
+    ]
+    # each figure ends under its head
+    ends = [match.end() for match in re.finditer(r"\S+", lines[0])][1:]
+    assert [match.end() for match in re.finditer(r"\d+\.\d", lines[-1])] == ends
+
+
+def test_short_table_calls_a_balanced_method_so():
+    put(PATCHING, *all_cells("SafePatching", 1, 0, 2, 8))
+    frame = summary.collect(config())
+    for balance, name in ((1.0, "SafePatching, balanced"), (None, "SafePatching")):
+        table = summary.short_table(frame, config(patching={"balance": balance}).patching)
+        assert [cells[1] for cells in lines_of(table)] == [name]
 
 
 def test_short_table_counts_whole_groups_only_and_leaves_the_unmeasured_empty():
@@ -188,7 +215,9 @@ def test_short_table_counts_whole_groups_only_and_leaves_the_unmeasured_empty():
         row("base", "seen", "harmful", 8, 2),
         row("base", "seen", "harmful", 8, 8, category="hiding"),
     )
-    assert lines_of(summary.short_table(summary.collect(config()))) == [[BACKBONE, "base", "25.0"]]
+    assert lines_of(summary.short_table(summary.collect(config()))) == [
+        ["00 backbone", "base", "25.0"]
+    ]
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -208,8 +237,8 @@ def test_main_takes_the_run_from_file_and_options(capsys):
         summary.main(["mine.yaml", *options])
         printed = capsys.readouterr().out
         path = Path(f"outputs/{run_name}/seed-{seed}/results.csv")
-        table, _, rest = printed.partition("\n\n")
-        assert lines_of(table) == [[BACKBONE, "base", figure]]
+        table, _, rest = printed.rpartition("\n\n")
+        assert lines_of(table) == [["00 backbone", "base", figure]]
         assert rest == f"All rows, with intervals: {path}\n"
         assert path.is_file()
 
