@@ -62,7 +62,8 @@ def table(frame: pd.DataFrame, digits: int = 1, if_empty: str = "Nothing to show
     numbered = isinstance(frame.index, pd.RangeIndex)
     # a fixed name: a random one would make each executed notebook another file
     style = short.style.set_uuid(f"{zlib.crc32(short.to_csv().encode()):08x}")
-    style = style.format(precision=digits, thousands=",", na_rep="–")
+    look = {"precision": digits, "thousands": ",", "na_rep": "–", "escape": "html"}
+    style = style.format(**look).format_index(**look, axis=0).format_index(**look, axis=1)
     if texts:
         style = style.set_properties(subset=texts, **{"text-align": "left"})
     heads = {

@@ -67,6 +67,12 @@ def test_text_is_left_numbers_are_right_and_hashes_are_short():
     assert "0123456789ab" in repr(again) and "1.3" in repr(again) and "0x" not in repr(again)
 
 
+def test_what_a_model_says_is_text_and_no_markup():
+    html = table(pd.DataFrame({"<b>": ["<eos>"]}, index=["<i>"]))._repr_html_()
+    assert {"&lt;eos&gt;", "&lt;b&gt;", "&lt;i&gt;"} <= set(re.findall(r"&lt;\w+&gt;", html))
+    assert not {"<eos>", "<b>", "<i>"} & set(re.findall(r"<\w+>", html))
+
+
 def test_row_numbers_are_left_out():
     named = pd.DataFrame({"a": [10, 20]}, index=["one", "two"])
     assert "row_heading" in table(named)._repr_html_() and "two" in repr(table(named))
