@@ -52,7 +52,7 @@ def test_importing_spkit_stays_light():
 
 
 def test_the_lines_of_readme(capsys, tmp_path, monkeypatch):
-    """Ten lines: the first prompt is answered harmfully and then refused, the second the reverse."""
+    """Ten lines: the first prompt is answered with harm, then refused; the second the reverse."""
     monkeypatch.chdir(tmp_path)
     names, begun = {}, time.time()
     exec(compile(README_SNIPPET, "README", "exec"), names)

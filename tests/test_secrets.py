@@ -1,6 +1,6 @@
 """Tokens come from the environment or the hub's own login, and no file ever holds one.
 
-That a walkthrough writes none is held by tests/running/test_notebooks.py; here are failures, in which
+tests/running/test_notebooks.py holds that a walkthrough writes none; here are failures, in which
 libraries print what they know, and parameters.
 """
 

@@ -19,7 +19,6 @@ from spkit.errors import SpkitError
 from spkit.system.files import atomic
 from spkit.validation import nearest
 
-
 IN_README = ("base", "SafePatching", "SafePatching, balanced", "Task Arithmetic, balanced", "GA")
 
 

@@ -1,12 +1,12 @@
 """Fuzz the readers of patch files and checkpoints: thousands of wrong files, each one numbered.
 
     python tests/patchfile/fuzz_patchfile.py --files 20000 --seed 0
-    python tests/patchfile/fuzz_patchfile.py --seed 0 --only 4711 --keep found      one file again, kept
+    python tests/patchfile/fuzz_patchfile.py --seed 0 --only 4711 --keep found    one file, kept
 
 A case is a function of (seed, number) alone, so what is found can be replayed: `random.Random`
 chooses, because it gives the same sequence everywhere. hypothesis looks for new examples and
-shrinks them; it gives neither numbers nor the same 200,000 files twice (tests/patchfile/test_fuzz.py uses it
-on single functions). Other releases of zstd may pack other bytes.
+shrinks them; it gives neither numbers nor the same 200,000 files twice (test_fuzz.py uses it on
+single functions). Other releases of zstd may pack other bytes.
 
 On each case (fuzz_cases.py) run PatchFile.check, apply, verify and revert. They may succeed or
 raise SpkitError. Everything else is a finding:
