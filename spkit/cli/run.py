@@ -101,16 +101,12 @@ def report(
     ] = None,
 ) -> None:
     """Print the tables of a finished experiment as markdown."""
-    from spkit.comparison import report as pages
-    from spkit.system.files import atomic
+    from spkit.comparison import publish
 
-    found = pages.read_tables(tables)
-    for page in into or []:
-        text = pages.fill(page.read_text(encoding="utf-8"), found)
-        with atomic(page) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    if not into:
-        print(pages.markdown(found))
+    if into:
+        publish.publish(tables, into)
+    else:
+        print(publish.markdown(publish.read_tables(tables)))
 
 
 @command(RUN, "what each notebook will need here, predicted", "notebooks")

@@ -1,13 +1,9 @@
-"""The experiment's short tables as markdown: printed, or put into the pages that show them.
+"""The experiment's short tables as markdown, and in the marked blocks of the pages that show them.
 
-    python -m spkit.comparison.publish docs/experiment
-
-prints them all; with `--into README.md` it fills that page's marked blocks.
+`spkit report docs/experiment` prints them all; with `--into README.md` it fills that page.
 """
 
-import argparse
 import re
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -130,25 +126,3 @@ def _elsewhere(tables: Tables, score: str) -> list[str]:
         _titled(f"Continual stages, {score} score", report.continual(tables, score)),
         bullets(sentences.continual(tables, score)),
     ]
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m spkit.comparison.publish",
-        description="Print the experiment's short tables as markdown.",
-    )
-    parser.add_argument("tables", help="the folder of the tables, such as docs/experiment")
-    parser.add_argument("--into", nargs="+", default=[], help="pages whose marked blocks to fill")
-    given = parser.parse_args(arguments)
-    if given.into:
-        publish(given.tables, given.into)
-    else:
-        print(markdown(read_tables(given.tables)))
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except SpkitError as error:
-        sys.exit(f"spkit: {error}")

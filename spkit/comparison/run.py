@@ -1,20 +1,18 @@
-"""Run the experiment: `python -m spkit.comparison params/sandbox.yaml --budget quick`.
+"""Run the experiment: `spkit experiment params/sandbox.yaml --budget quick`.
 
-Says how long it will take, shows a bar, goes on where it was cut, and ends with the tables and
-with notebook 05 executed on them. `make experiment` calls it.
+It prints an estimate, shows a bar, and resumes where it was cut. It ends with the tables and with
+notebook 05 executed on them.
 """
 
-import argparse
-import sys
 import time
 from pathlib import Path
 
 import pandas as pd
 
 from spkit.comparison import graph, tables
-from spkit.comparison.budget import BUDGETS, budget_of
+from spkit.comparison.budget import budget_of
 from spkit.comparison.plan import plan
-from spkit.config import Config, load_params
+from spkit.config import Config
 from spkit.errors import SpkitError
 from spkit.running.notebook import why_failed
 from spkit.running.runs import NOTEBOOKS
@@ -41,7 +39,7 @@ def run(config: Config, budget_name: str, jobs: int) -> Path:
     missing = sum(not places[unit.name].is_dir() for unit in units)
     print(
         f"Budget {budget_name}: {len(units)} units, {missing} to do, "
-        f"about {seconds / 60:.0f} minutes on {jobs} processes; results in {root}",
+        f"about {seconds / 60:.0f} minutes on {jobs} process{'es' * (jobs > 1)}; results in {root}",
         flush=True,
     )
     started = time.time()
@@ -112,30 +110,3 @@ def pace(config: Config) -> float:
         model(input_ids=batch, labels=batch).loss.backward()
         times.append(time.perf_counter() - started)
     return min(times) / REFERENCE_STEP
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m spkit.comparison", description=__doc__)
-    parser.add_argument("params", help="the params file")
-    parser.add_argument("--budget", default="quick", choices=list(BUDGETS))
-    parser.add_argument("--jobs", type=int, default=2, help="processes, each with its own threads")
-    parser.add_argument("--tables", action="store_true", help="print where the tables are, only")
-    given = parser.parse_args(arguments)
-    config = load_params(given.params)
-    if given.tables:
-        print(folder_of(config, given.budget) / "tables")
-        return
-    made = run(config, given.budget, given.jobs)
-    print(f"Tables: {made}", flush=True)
-    executed = show(config, made)
-    print(f"Figures and conclusions: {executed or f'notebooks/{NOTEBOOK}, on comparison.tables'}")
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except SpkitError as error:
-        sys.exit(f"spkit: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nspkit: interrupted; the same command goes on from here")

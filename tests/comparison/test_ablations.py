@@ -425,6 +425,12 @@ def test_ablations_come_in_order_and_one_at_a_time(monkeypatch):
     assert tuple(made) == IN_NOTEBOOK_03
 
 
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_a_variant_made_twice_has_the_same_bits(name):
+    one, two = (ablated(safepatching(), name).deltas() for _ in range(2))
+    assert same(one, two)
+
+
 def test_safepatching_is_no_ablation_of_itself():
     both = safepatching(scale="norm_matched")
     found = ablated(both, SAFEPATCHING)

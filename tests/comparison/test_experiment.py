@@ -8,13 +8,13 @@ import io
 import itertools
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from typer.testing import CliRunner
 
+from spkit.cli import app
 from spkit.comparison import graph
 from spkit.comparison import run as experiment
 from spkit.comparison.ablations import ABLATIONS
@@ -238,24 +238,20 @@ def test_other_sizes_have_whole_nf4_blocks_in_every_row():
         assert abs(weights / wanted - 1) < 0.1, (size, weights)
 
 
-def test_the_command_line_names_an_unknown_budget(capsys):
-    with pytest.raises(SystemExit):
-        experiment.main(["params/micro.yaml", "--budget", "huge"])
-    assert "'huge'" in capsys.readouterr().err
-
-
-def test_the_command_line_says_where_the_tables_are(capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_where_the_tables_are():
     for params, folder in {"micro": "experiment/micro/full", "sandbox": "experiment/full"}.items():
-        experiment.main([f"params/{params}.yaml", "--budget", "full", "--tables"])
-        assert capsys.readouterr().out == f"outputs/{folder}/tables\n"
+        config = load_params(ROOT / "params" / f"{params}.yaml")
+        assert experiment.folder_of(config, "full") == Path("outputs") / folder
 
 
-def test_an_error_of_the_command_is_one_sentence(tmp_path):
-    command = [sys.executable, "-m", "spkit.comparison.run", str(tmp_path / "none.yaml")]
-    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert found.returncode == 1 and found.stderr.startswith("spkit: ")
-    assert "none.yaml" in found.stderr and "Traceback" not in found.stderr
+@pytest.mark.parametrize(
+    ("params", "budget", "said"),
+    [("none.yaml", "quick", "none.yaml"), ("params/micro.yaml", "huge", "no budget 'huge'")],
+)
+def test_an_error_of_the_command_is_one_sentence(params, budget, said):
+    command = ["experiment", str(ROOT / params), "--budget", budget]
+    found = CliRunner().invoke(app, command)
+    assert found.exit_code == 1 and said in " ".join(found.output.split())
 
 
 def counted(units, pattern):
@@ -312,6 +308,7 @@ def test_the_full_budget_crosses_backbones_derivations_and_masks():
     assert orders[1] == orders[0][::-1]
 
 
+UNITS = plan(load_params(ROOT / "params" / "sandbox.yaml"), MICRO)
 MADE = {"backbones", "bundles"}
 ASKED = {"tuning", "answers", "sweeps", "sizes", "continual", "costs"}
 
@@ -332,10 +329,10 @@ ASKED = {"tuning", "answers", "sweeps", "sizes", "continual", "costs"}
         (["method/continual.py", "comparison/continual.py", "evaluation/rates.py"], {"continual"}),
         (["evaluation/judges/keywords.py", "evaluation/judges/generative.py"], ASKED),
         # what shows results, or says what is to be run
-        (["comparison/report.py", "comparison/figures.py", "comparison/tables.py"], set()),
+        (["comparison/report.py", "comparison/publish.py", "comparison/tables.py"], set()),
         (["comparison/bootstrap.py", "comparison/forgetting.py", "comparison/fronts.py"], set()),
         (["comparison/plan.py", "comparison/sweeps.py", "comparison/budget.py"], set()),
-        (["cli.py", "config.py", "figures.py", "__init__.py", "comparison/run.py"], set()),
+        (["cli/run.py", "config.py", "figures.py", "__init__.py", "comparison/run.py"], set()),
         (["patchfile/revert.py", "running/memory.py"], set()),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
@@ -345,7 +342,7 @@ def test_which_units_a_change_of_the_code_moves(files, moved, monkeypatch):
     root = made_from.PACKAGE
     paths = {root / name for name in files}
     assert all(path.is_file() for path in paths)
-    units = plan(load_params(ROOT / "params" / "sandbox.yaml"), MICRO)
+    units = UNITS
     before, own = graph.places(units, "x"), made_from._digest
     for changed in paths:  # each of them alone
         monkeypatch.setattr(

@@ -4,8 +4,6 @@ All tables are made by hand, so every cell that is expected here can be worked o
 """
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import nbformat
@@ -13,7 +11,9 @@ import numpy as np
 import pandas as pd
 import papermill
 import pytest
+from typer.testing import CliRunner
 
+from spkit.cli import app
 from spkit.comparison import publish, published, report, sentences
 from spkit.comparison import run as experiment
 from spkit.comparison.tables import METRICS, TABLES
@@ -21,7 +21,8 @@ from spkit.config import Config
 from spkit.errors import SpkitError
 from spkit.running.runs import stamp
 
-PAGE = Path(__file__).parents[2] / "docs" / "method.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "method.md"
 METHODS = ("GA", "SafePatching", "base", "SafePatching, balanced")  # base need not come first
 ABLATED = ("SE only", "OSM only", "intersection", "SafePatching")
 SCORES = ("paper", "strict")
@@ -488,21 +489,33 @@ def test_markdown_leaves_cells_as_they_are_and_nan_empty():
     assert lines[0] == ["a", "b"] and lines[2:] == [["0.10", ""], ["1", "x"]]
 
 
-def test_the_command_prints_everything(tables, tmp_path, capsys):
-    save(tables, tmp_path)
-    publish.main([str(tmp_path)])
-    text = capsys.readouterr().out
+def test_everything_is_printed(tables):
+    text = publish.markdown(tables)
     assert "nan" not in text.lower() and "-0.0 " not in text
     for heading in ("Comparison, paper score", "Comparison, strict score", "Costs", "Settings",
                     "Hypervolumes", "Beside the paper's figures"):  # fmt: skip
         assert f"\n## {heading}\n" in text
 
 
-def test_the_command_says_what_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["publish", str(tmp_path)])
-    monkeypatch.delitem(sys.modules, "spkit.comparison.publish")
-    with pytest.raises(SystemExit, match=r"^spkit: .*methods\.csv is missing"):
-        runpy.run_module("spkit.comparison.publish", run_name="__main__")
+@pytest.mark.parametrize("page", [False, True])
+def test_the_command_prints_the_tables_or_fills_a_page(tables, page, tmp_path):
+    save(tables, tmp_path)
+    written = tmp_path / "page.md"
+    written.write_text("<!-- table: caption -->\nold\n<!-- end -->\n")
+    found = CliRunner().invoke(
+        app, ["report", str(tmp_path), *(["--into", str(written)] if page else [])]
+    )
+    assert found.exit_code == 0
+    caption = report.caption(report.read_tables(tmp_path))
+    if page:
+        assert written.read_text() == f"<!-- table: caption -->\n\n{caption}\n\n<!-- end -->\n"
+    else:
+        assert found.stdout == publish.markdown(report.read_tables(tmp_path)) + "\n"
+
+
+def test_the_command_says_what_is_missing(tmp_path):
+    found = CliRunner().invoke(app, ["report", str(tmp_path)])
+    assert found.exit_code == 1 and "methods.csv is missing" in " ".join(found.output.split())
 
 
 # ---- notebook 05 ---------------------------------------------------------------------------------
@@ -577,7 +590,7 @@ def test_an_unknown_block_is_an_error_that_names_it():
         publish.fill("<!-- table: captoin -->\n<!-- end -->", {})
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/results.md", "docs/choosing.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/choosing.md", "docs/results.md"])
 def test_pages_show_the_committed_tables(page):
     """`make publish` was run after the last change of the tables or of how they are shown."""
     root = Path(__file__).parents[2]
