@@ -12,7 +12,7 @@
     ranked after retention          S counts the retained weights only
 
 Two rows for "without retention", because without the mask 1/p times as many weights move: at equal
-α that alone changes the result. The first seven and SafePatching are in notebook 03, all of them in
+α that alone changes the result. The first six and SafePatching are in notebook 03, all of them in
 the comparison.
 """
 

@@ -4,8 +4,6 @@ Methods come in as deltas and leave as verdicts; two scores are drawn from these
 
     paper   harmful answers, refusals of harmless requests, wrong utility answers
     strict  the same, and broken text is a failure on harmful and on harmless prompts
-
-Nothing here chooses a setting (tuning.py) or an average over seeds (spkit/comparison/bootstrap.py).
 """
 
 from collections.abc import Mapping

@@ -14,10 +14,10 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from spkit.comparison.ablations import SAFEPATCHING
 from spkit.comparison.report import continual_label, of_score
 from spkit.comparison.variants import BASE
 from spkit.figures import DARK, HEAT, LIGHT, MIDDLE, PALE, _legend_below, _panels, _reach, styled
+from spkit.method.safepatching import NAME as SAFEPATCHING
 
 WIDE = 8.6  # inches: what a notebook's page shows without shrinking it
 MANY_MARKERS = "osD^vP*X<>pd"
@@ -140,7 +140,7 @@ def hypervolumes(table: pd.DataFrame) -> Figure:
 def ablations(table: pd.DataFrame, score: str = "paper") -> Figure:
     """SafePatching with one part changed, a row a change, with intervals.
 
-    table: ablations. The upright line is SafePatching as it is, which stands first.
+    table: ablations. SafePatching as it is comes first; the upright line is its value.
     """
     table = of_score(table, score)
     names = list(dict.fromkeys(table["variant"]))

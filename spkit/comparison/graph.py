@@ -92,7 +92,7 @@ def run(units: list[Unit], root: str | Path, *, jobs: int, label: str) -> dict[s
         try:
             _work_off(waiting, done, folders, pool, jobs, bar)
         except BaseException:
-            # after Ctrl-C or an error nobody waits for what still runs; shutdown forgets the rest
+            # after Ctrl-C or an error what still runs is stopped; shutdown drops the rest
             for process in list((pool._processes or {}).values()):
                 process.terminate()
             raise
@@ -146,7 +146,7 @@ def _quiet() -> None:
     def end_with_parent() -> None:
         while os.getppid() == parent:
             time.sleep(2)
-        os._exit(1)  # the experiment was killed, and nobody waits for this unit any more
+        os._exit(1)  # the experiment was killed
 
     threading.Thread(target=end_with_parent, daemon=True).start()
 

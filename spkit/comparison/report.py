@@ -230,8 +230,7 @@ def remaining(tables: Tables, score: str, by: str = "phrasing") -> pd.DataFrame:
 
 
 def moves(tables: Tables, score: str) -> pd.DataFrame:
-    """What became of base's answers: percent of one group and phrasing; rows that nobody took
-    are left out."""
+    """What became of base's answers, in percent of one group and phrasing."""
     table = tables["moves"]
     table = table[table["tuned"] == score]
     shares = (100 * table["k"] / table["n"]).map(cells.number)

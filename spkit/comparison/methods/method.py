@@ -1,8 +1,7 @@
 """The interface that all methods share: what they are given, and what they say about themselves.
 
 A method turns a bundle (patches, importances, parameters of one backbone and one derivation) and a
-setting (a value for each key of its search space) into one delta per weight matrix. How to search
-the space, apply the deltas or evaluate the result is said nowhere here.
+setting (a value for each key of its search space) into one delta per weight matrix.
 """
 
 from collections.abc import Callable, Mapping
