@@ -261,7 +261,11 @@ def refuse(source, more, sentence, folder="made"):
     "name, delta, sentence",
     [
         ("model.layers.9.mlp.up_proj.weight", torch.ones(1), "no tensor 'model.layers.9.mlp"),
-        (Q_PROJ, torch.ones(64, 63), r"q_proj.*has the shape \[64, 63\], the checkpoint's is \[64, 64\]"),
+        (
+            Q_PROJ,
+            torch.ones(64, 63),
+            r"q_proj.*\[64, 63\], the checkpoint's is \[64, 64\]",
+        ),
         (Q_PROJ, torch.ones(64), r"q_proj.*has the shape \[64\], the checkpoint's is"),
         (Q_PROJ, torch.full((64, 64), float("nan")), "q_proj.*not finite in F16"),
         (Q_PROJ, torch.full((64, 64), 1e5), "q_proj.*not finite in F16"),
@@ -283,7 +287,8 @@ def test_integer_weights(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     save_file({"w": torch.ones(2, 2, dtype=torch.int8), "v": torch.ones(2)}, source / SINGLE)
-    message = refuse(source, {"w": torch.ones(2, 2)}, "'w' is I8; a patch needs one of BF16, F16, F32")
+    sentence = "'w' is I8; a patch needs one of BF16, F16, F32"
+    message = refuse(source, {"w": torch.ones(2, 2)}, sentence)
     assert str(source / SINGLE) in message
     written(source, {"v": torch.ones(2)}, tmp_path / "made")
     assert tensors(tmp_path / "made")["v"].tolist() == [2.0, 2.0]

@@ -34,7 +34,8 @@ def complete(stages=STAGES, config=None, seconds=None):
     """Run the stages as notebooks would, without any computing."""
     for stage in stages:
         run = Run(config or Config(), stage)
-        path = run.finish()
+        run.finish()
+        path = run.folder / "record.json"
         if seconds is not None:
             path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": seconds[stage]}))
 
