@@ -27,6 +27,11 @@ def _visible(character: str) -> str:
     return character if shown else character.encode("unicode_escape").decode()
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message: a sentence of ours ends with it."""
+    return str(error).strip().split("\n")[0]
+
+
 @contextmanager
 def needs(what: str, extra: str) -> Iterator[None]:
     """`with needs("spkit ask", "notebooks"): import torch`: a missing library becomes a sentence.

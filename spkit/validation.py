@@ -122,6 +122,17 @@ def dotted_keys(model: type[Section], prefix: str = "") -> Iterator[str]:
             yield prefix + name
 
 
+def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a.b": value} of nested mappings {"a": {"b": value}}, in their order."""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flattened(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
 def with_overrides(
     model: type[Section], values: Mapping[str, Any], overrides: Mapping[str, Any]
 ) -> dict[str, Any]:

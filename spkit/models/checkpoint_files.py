@@ -15,7 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from spkit.errors import SpkitError, needs
+from spkit.errors import SpkitError, first_line, needs
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # weights in other formats, among them pickles: never copied
@@ -48,8 +48,9 @@ def local_folder(source: str | Path, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=WANTED))
     except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise SpkitError(f"The checkpoint {str(source)!r} cannot be downloaded: {first}") from None
+        raise SpkitError(
+            f"The checkpoint {str(source)!r} cannot be downloaded: {first_line(error)}"
+        ) from None
 
 
 def is_hub_id(name: str) -> bool:

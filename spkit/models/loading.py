@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from spkit.errors import SpkitError
+from spkit.errors import SpkitError, first_line
 from spkit.models.nf4 import check_nf4
 from spkit.models.weights import guard_nf4
 from spkit.system.out_of_memory import explained
@@ -87,7 +87,7 @@ def read_model(
                 **options,
             )
     except (OSError, ValueError, ImportError) as error:
-        raise SpkitError(f"No model can be loaded from {source!r}: {_first_line(error)}") from error
+        raise SpkitError(f"No model can be loaded from {source!r}: {first_line(error)}") from error
     if report["missing_keys"]:
         name = sorted(report["missing_keys"])[0]
         raise SpkitError(f"The checkpoint {source!r} lacks the tensor {name!r}; is it complete?")
@@ -127,7 +127,7 @@ def read_tokenizer(source: str | Path, *, revision: str | None):
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         raise SpkitError(
-            f"No tokenizer can be loaded from {source!r}: {_first_line(error)}"
+            f"No tokenizer can be loaded from {source!r}: {first_line(error)}"
         ) from error
 
 
@@ -179,7 +179,3 @@ def _check_source(source: str | Path) -> str:
 def _require(key: str, value: str, allowed) -> None:
     if value not in allowed:
         raise SpkitError(f"{key} is {value!r}; allowed are {', '.join(allowed)}.")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

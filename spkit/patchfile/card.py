@@ -15,6 +15,7 @@ from spkit.errors import SpkitError
 from spkit.patchfile.file import PatchFile
 from spkit.patchfile.manifest import Manifest
 from spkit.system.files import atomic
+from spkit.validation import flattened
 
 PAPER = "https://arxiv.org/abs/2405.13820"
 # balancing finds other strengths than the parameters give
@@ -83,6 +84,7 @@ def card_text(
     }
     backbone, seed = manifest.backbone, manifest.method.get("seed")
     at = f" at revision `{_cell(backbone.revision)}`" if backbone.revision else ""
+    method, data = flattened(manifest.method), flattened(manifest.data)
     kept = f"{manifest.kept:,} of {manifest.weights:,} weights"
     name = _cell(name)
     parts = [
@@ -100,8 +102,8 @@ def card_text(
         "## Results",
         _results(manifest),
         "## How it was made",
-        _table([{"parameter": USED.get(k, k), "value": v} for k, v in _flat(manifest.method)]),
-        _table([{"harmful pairs": k, "": v} for k, v in _flat(manifest.data)]),
+        _table([{"parameter": USED.get(k, k), "value": v} for k, v in method.items()]),
+        _table([{"harmful pairs": k, "": v} for k, v in data.items()]),
         _table([{"library": k, "version": v} for k, v in manifest.versions.items()]),
         "## Limits",
         LIMITS.format(seed="" if seed is None else f" (seed {_cell(seed)})") + _error(manifest),
@@ -146,16 +148,6 @@ def _error(manifest: Manifest) -> str:
 
 def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    rows = []
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            rows += _flat(value, f"{prefix}{key}.")
-        else:
-            rows.append((prefix + key, value))
-    return rows
 
 
 def _table(rows: list[Mapping[str, Any]]) -> str:

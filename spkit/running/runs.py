@@ -26,6 +26,7 @@ from spkit.running import mirror
 from spkit.system import made_from
 from spkit.system.files import atomic, make_folder, save_csv
 from spkit.system.machine import git_state, hardware, peak_memory_mib, versions
+from spkit.validation import flattened
 
 NOTEBOOKS = Path("notebooks")
 UNCOUNTED = {"parameters", "colab"}  # tags of code cells that decide no result
@@ -201,8 +202,8 @@ def require(config: Config, stage: str) -> None:
             )
         # only what both depend on: the evaluation's settings do not make a backbone outdated
         for kind in ("params", "files"):
-            theirs = _flat(record.get(kind, {}))
-            for key, value in _flat(mine[kind]).items():
+            theirs = flattened(record.get(kind, {}))
+            for key, value in flattened(mine[kind]).items():
                 if key in theirs and theirs[key] != value:
                     change = f"{theirs[key]!r} there and {value!r} here"
                     change = change if kind == "params" else "a file that has changed since"
@@ -243,16 +244,6 @@ def read_record(config: Config, stage: str) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise SpkitError(f"{path}: cannot be read ({error}); delete it and run again") from None
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 # ---- one stage's work ----------------------------------------------------------------------------

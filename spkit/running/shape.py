@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from spkit.config import Config
-from spkit.errors import SpkitError
+from spkit.errors import SpkitError, first_line
 from spkit.models.weights import decoder_layers
 from spkit.sandbox.tokenizer import build_tokenizer
 from spkit.sandbox.train import build_model
@@ -82,8 +82,7 @@ def shape_of(config: Config) -> Shape:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(found, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise SpkitError(f"The sizes of {source!r} cannot be read: {first}") from error
+        raise SpkitError(f"The sizes of {source!r} cannot be read: {first_line(error)}") from error
     return shape_of_model(model)
 
 

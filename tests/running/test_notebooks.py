@@ -221,7 +221,7 @@ def run_command(outputs, *options):
     text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     lines = [shlex.split(line) for line in text.replace("\\\n", " ").splitlines()]
     (words,) = [line[1:] for line in lines if line and line[0].endswith("/spkit")]
-    return [sys.executable, "-m", "spkit", *words, "-o", f"outputs={outputs}", *options]
+    return [sys.executable, "-m", "spkit.cli", *words, "-o", f"outputs={outputs}", *options]
 
 
 def call(command):
