@@ -15,12 +15,16 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from spkit import __version__
 from spkit.errors import SpkitError, needs
 
 DONE, FAILED, WRONG, NO, INTERRUPTED = 0, 1, 2, 3, 130
 RUN, PATCH_FILES = "Run", "Patch files"
 RESUMES = "interrupted; the same command resumes"
+
+
+def version() -> str:
+    """The kit's; spkit/__init__.py stands above this folder, so it is asked and not imported."""
+    return sys.modules["spkit"].__version__
 
 
 class OneScreen(TyperGroup):
@@ -29,7 +33,7 @@ class OneScreen(TyperGroup):
     def format_help(self, ctx, formatter) -> None:
         """Written by hand, as the usual boxes need two screens."""
         lines = [
-            f"spkit {__version__}: SafePatching in notebooks, and safety patches as files.",
+            f"spkit {version()}: SafePatching in notebooks, and safety patches as files.",
             "",
         ]
         lines.append("spkit COMMAND ...; spkit COMMAND -h shows the options of a command")
@@ -53,7 +57,7 @@ app = typer.Typer(
 
 def _show_version(asked: bool) -> None:
     if asked:
-        print(f"spkit {__version__}")
+        print(f"spkit {version()}")
         raise typer.Exit(DONE)
 
 

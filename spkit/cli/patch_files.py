@@ -21,13 +21,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-import spkit
 from spkit.cli.front import DONE, NO, PATCH_FILES, command
 from spkit.errors import SpkitError
 
 WHOLE = ("patch", "folder", "path", "card", "D_h fingerprint")  # ids and paths
 FIGURES = (".png", ".svg", ".pdf")
-SANDBOX = Path(spkit.__file__).parent / "sandbox" / "weights"
+SANDBOX = Path(__file__).parents[1] / "sandbox" / "weights"
 
 Patch = Annotated[Path, typer.Argument(help="a patch file")]
 Backbone = Annotated[str, typer.Argument(help="a checkpoint folder, a hub id, or sandbox")]
