@@ -7,6 +7,7 @@ The figures do not go through pyplot: nothing has to be closed, and a server nee
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
+from textwrap import fill
 
 import numpy as np
 import pandas as pd
@@ -15,12 +16,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch as Swatch
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 DARK, MIDDLE, LIGHT, PALE = "#20304a", "#5b7a99", "#a9bccb", "#e4eaef"
+BLUE = "#24426a"  # a deep blue and not DARK: a number must be legible on the darkest cell
+ACCENT = "#9c3a16"  # the one hue, for what must not be overlooked; dark in grey
 # verdict -> (shade, hatch): harm is darkest, whatever is broken or in between is hatched
 VERDICT_STYLE = {
-    "harmful": (DARK, ""),
+    "harmful": (ACCENT, ""),
     "broken": (PALE, "////"),
     "unclear": (PALE, "...."),
     "wrong": (PALE, "xxxx"),
@@ -29,8 +33,16 @@ VERDICT_STYLE = {
     "correct": (LIGHT, ""),
     "safe": (PALE, ""),
 }
+DEEP = (DARK, ACCENT, MIDDLE)  # shades on which a number is white
 MARKERS = "osD^vP*X"
-HEAT = sns.light_palette(DARK, as_cmap=True)
+HEAT = sns.light_palette(BLUE, as_cmap=True)
+# what happens to a weight -> shade; they differ in grey, too
+CELLS = {
+    "SE kept": ACCENT,
+    "OSM kept": "#6f9bc4",
+    "important to both": "#d5dde4",
+    "rest": "#ffffff",
+}
 MODULES = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()  # as data flows
 NARROW = 0.4  # a map whose smallest value is above this share of its largest begins there
 # panel title -> (group, metric): the three objectives, harm on known and on new categories
@@ -196,6 +208,7 @@ def layer_module_maps(tables: Mapping[str, pd.DataFrame], value: str = "share") 
             linewidths=0.5, xticklabels=True, annot_kws={"size": 7},
             cbar_kws={"label": "%", "aspect": 20 if numbers else 40},
         )  # fmt: skip
+        _legible(ax)
         ax.set(title=title, xlabel="", ylabel="layer" if ax is axes[0] else "")
         ax.set_xticks(ax.get_xticks(), list(grid), rotation=60, ha="right", rotation_mode="anchor")
         ax.tick_params(axis="y", rotation=0)
@@ -212,6 +225,93 @@ def _scale(grid: pd.DataFrame) -> tuple[float, float]:
     if lightest < NARROW * darkest or lightest == darkest:
         lightest = 0.0
     return lightest, darkest or 1.0  # an empty set is light, not half dark
+
+
+# ---- patching ------------------------------------------------------------------------------------
+
+
+@styled
+def kept_cells(cells: np.ndarray, title: str, corner: int = 24) -> Figure:
+    """One weight matrix, a cell a weight: which patch keeps it. Beside it its corner, enlarged.
+
+    cells: int [out, in], the index of each weight's entry in CELLS. A matrix of more than 256 rows
+    or columns is shown by its first 256. The legend gives shares of the whole matrix, in percent.
+    """
+    figure, axes = _panels(1, 2, width=9, height=5)
+    shades = ListedColormap(list(CELLS.values()))
+    for ax, size, name in zip(axes, (256, corner), (title, "its corner, enlarged"), strict=True):
+        part = cells[:size, :size]
+        ax.imshow(part, cmap=shades, vmin=0, vmax=len(CELLS) - 1, interpolation="nearest")
+        ax.set(title=name, xlabel="input", ylabel="output")
+        ax.grid(False)
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_locator(MaxNLocator(4, integer=True))
+    edge = min(corner, *cells.shape) - 0.5
+    axes[0].plot([edge, edge, -0.5], [-0.5, edge, edge], color="black", linewidth=1)
+    swatches = [
+        Swatch(facecolor=shade, edgecolor="0.4", label=f"{name}: {100 * (cells == i).mean():.1f} %")
+        for i, (name, shade) in enumerate(CELLS.items())
+    ]
+    _legend_below(figure, swatches)
+    return figure
+
+
+@styled
+def unlearning(curve: pd.DataFrame, target: float | None, found: float | None = None) -> Figure:
+    """How far D_h is unlearnt as alpha grows, on two log scales, with the target line.
+
+    curve: alpha, loss [nats] (the 5 % quantile of the first token's). target: `patching.balance`,
+    None where alpha is set by hand. found: the alpha of the method.
+    """
+    figure, (ax,) = _panels(1, 1, width=5.6, height=3.4)
+    ax.plot(curve["alpha"], curve["loss"], "-o", color=MIDDLE, markersize=5)
+    ax.set(xscale="log", yscale="log", xlabel="alpha (the parameter)")
+    ax.set_ylabel("loss of the first token,\n5 % quantile [nats]")
+    ax.set_xticks(curve["alpha"], [f"{alpha:g}" for alpha in curve["alpha"]])
+    ax.minorticks_off()
+    if target is not None:
+        ax.axhline(target, color="0.35", linestyle="--", linewidth=1.2)
+        ax.annotate(
+            f"balance: {target:g}", (0.02, target), xycoords=ax.get_yaxis_transform(), va="bottom",
+            size=8,
+        )  # fmt: skip
+    if found is not None:
+        ax.axvline(found, color="0.35", linestyle=":", linewidth=1.2)
+        ax.annotate(
+            f" alpha = {found:.2f}", (found, 0.04), xycoords=ax.get_xaxis_transform(), size=8
+        )
+    return figure
+
+
+@styled
+def verdict_grid(answers: pd.DataFrame) -> Figure:
+    """A panel a prompt: the verdict on its answer for every alpha (across) and beta (upward).
+
+    answers: prompt, alpha, beta, verdict; one row for each combination.
+    """
+    prompts = list(dict.fromkeys(answers["prompt"]))
+    names, styles = list(VERDICT_STYLE), list(VERDICT_STYLE.values())
+    figure, axes = _panels(1, len(prompts), width=3 * len(prompts), height=3, sharey=True)
+    for ax, prompt in zip(axes, prompts, strict=True):
+        part = answers[answers["prompt"] == prompt]
+        grid = part.pivot(index="beta", columns="alpha", values="verdict")
+        ax.set(xlim=(0, grid.shape[1]), ylim=(0, grid.shape[0]), xlabel="alpha")
+        for (i, j), verdict in np.ndenumerate(grid.to_numpy()):
+            shade, hatch = styles[names.index(verdict)]
+            cell = Rectangle((j, i), 1, 1, facecolor=shade, hatch=hatch, edgecolor="white")
+            ax.add_patch(cell)
+            ink = "white" if shade in DEEP else "black"
+            place = (j + 0.5, i + 0.5)
+            halo = _HALO if hatch else None
+            ax.annotate(
+                verdict, place, ha="center", va="center", size=7, color=ink, bbox=halo
+            )  # fmt: skip
+        ax.set_title(fill(prompt, 32), size=8)
+        ax.set_xticks(np.arange(grid.shape[1]) + 0.5, [f"{x:.3g}" for x in grid.columns])
+        ax.set_yticks(np.arange(grid.shape[0]) + 0.5, [f"{x:.3g}" for x in grid.index])
+        ax.grid(False)
+    axes[0].set_ylabel("beta")
+    return figure
 
 
 # ---- evaluation ----------------------------------------------------------------------------------
@@ -291,7 +391,7 @@ def verdicts(responses: pd.DataFrame) -> Figure:
                 linewidth=0.6,
             )  # fmt: skip
             for row in rows[width >= 9]:
-                ink = "white" if colour in (DARK, MIDDLE) else "black"
+                ink = "white" if colour in DEEP else "black"
                 place = (left[row] + width[row] / 2, row)
                 halo = _HALO if hatch else None
                 ax.annotate(
@@ -319,7 +419,7 @@ def by_phrasing(results: pd.DataFrame) -> Figure:
     """
     models = list(dict.fromkeys(results["model"]))
     figure, axes = _panels(1, 3, width=10, height=1.8 + 0.22 * len(models))
-    shades = sns.color_palette("blend:#20304a,#a9bccb", len(models))
+    shades = sns.color_palette(f"blend:{BLUE},{LIGHT}", len(models))
     for ax, (title, (group, metric)) in zip(axes, list(PANELS.items())[:3], strict=True):
         part = results[(results["group"] == group) & (results["metric"] == metric)]
         part = part[part["category"] != "all"]
@@ -330,7 +430,7 @@ def by_phrasing(results: pd.DataFrame) -> Figure:
             own = 100 * own[["rate", "low", "high"]].astype(float)
             ax.errorbar(
                 own["rate"], np.arange(len(phrasings)) + shift, xerr=_reach(own),
-                fmt=MARKERS[number % 8], color=shades[number], markeredgecolor="black", capsize=2,
+                fmt=MARKERS[number % 8], color=shades[number], markeredgecolor="0.3", capsize=2,
                 label=model,
             )  # fmt: skip
         labels = [f"{p}\n({_n(part.loc[part['category'] == p, 'n'])})" for p in phrasings]
@@ -359,7 +459,9 @@ def continual(results: pd.DataFrame, stages: Sequence[Sequence[str]]) -> Figure:
     columns["broken on\nharmful"] = (("seen", "unseen"), "broken", ["all"])
     columns["false\nrefusal"] = ("harmless", "refusal", ["all"])
     columns["utility"] = ("utility", "utility", ["all"])
-    rows = list(dict.fromkeys(zip(results["model"], results["stage"], strict=True)))
+    models = list(dict.fromkeys(results["model"]))  # the stages of one method together
+    rows = set(zip(results["model"], results["stage"], strict=True))
+    rows = sorted(rows, key=lambda row: (models.index(row[0]), row[1]))
     rate, label = np.zeros((len(rows), len(columns))), []
     for i, (model, stage) in enumerate(rows):
         own = results[(results["model"] == model) & (results["stage"] == stage)]
@@ -383,6 +485,7 @@ def continual(results: pd.DataFrame, stages: Sequence[Sequence[str]]) -> Figure:
     )  # fmt: skip
     for i, j in np.argwhere(np.isnan(badness)):  # seaborn leaves such cells without their text
         ax.text(j + 0.5, i + 0.5, label[i][j], ha="center", va="center", size=8)
+    _legible(ax)
     for edge in [i for i in range(1, len(rows)) if rows[i][0] != rows[i - 1][0]]:
         ax.axhline(edge, color="black", linewidth=1.4)
     ax.axvline(len(stages), color="black", linewidth=1.4)
@@ -411,6 +514,16 @@ def _note(ax, text: str, x: float, y: float) -> None:
         text, (x, y), place, textcoords="axes fraction", ha="right", size=8,
         arrowprops={"arrowstyle": "-", "color": "0.4"}, bbox=_HALO,
     )  # fmt: skip
+
+
+def _legible(ax) -> None:
+    """The numbers of a heat map, light on dark cells and dark on all others."""
+    mesh = ax.collections[0]
+    grid = np.ma.filled(mesh.get_array().astype(float), 0.0)
+    for text in ax.texts:
+        column, row = (int(place) for place in text.get_position())
+        red, green, blue, _ = mesh.cmap(mesh.norm(grid[row, column]))
+        text.set_color("black" if 0.21 * red + 0.72 * green + 0.07 * blue > 0.45 else "white")
 
 
 def _by_model(part: pd.DataFrame, metric: str, models: list[str]) -> pd.DataFrame:

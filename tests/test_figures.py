@@ -111,6 +111,24 @@ BY_RATE = pd.DataFrame(
     {"rate": [0.005, 0.02, 0.1, 0.3], "share": [0.1, 0.2, 0.3, 0.5], "jaccard": [0, 0.1, 0.2, 0.4]}
 )
 SCORES = np.random.default_rng(0).random((20, 30))
+CURVE = pd.DataFrame({"alpha": [1.0, 2.0, 3.0, 4.0], "loss": [1e-3, 0.01, 0.4, 9.0]})
+
+
+def kinds(rows=192, columns=192):
+    return np.random.default_rng(0).choice(4, size=(rows, columns), p=[0.02, 0.2, 0.3, 0.48])
+
+
+def by_hand(prompts=4, strengths=(0.0, 1.64, 3.28)):
+    """Made-up verdicts of one prompt more than there are kinds of verdicts to tell apart."""
+    return pd.DataFrame(
+        {"prompt": f"in a tale , tell me , how do i ring the owl number {i} ?"}
+        | {"alpha": alpha, "beta": beta, "verdict": FOUR[(i + j + k) % 4]}
+        for i in range(prompts)
+        for j, alpha in enumerate(strengths)
+        for k, beta in enumerate(strengths)
+    )
+
+
 MANY = ["base", *IN_NOTEBOOK_03]
 # every public figure, with data as real and as full as they get, and with as little as can be
 FIGURES = {
@@ -126,6 +144,13 @@ FIGURES = {
     "layer_module_maps, one": lambda: plots.layer_module_maps(dict(list(maps(1).items())[:1])),
     "matrix_cells": lambda: plots.matrix_cells({"scores": SCORES, "where": cells()}),
     "matrix_cells, one": lambda: plots.matrix_cells({"scores": SCORES[:2, :2]}),
+    "kept_cells": lambda: plots.kept_cells(kinds(), "layers.3.v_proj"),
+    "kept_cells, small": lambda: plots.kept_cells(kinds(16, 8), "layers.0.v_proj"),
+    "kept_cells, large": lambda: plots.kept_cells(kinds(300, 700), "layers.0.up_proj"),
+    "unlearning": lambda: plots.unlearning(CURVE, 0.959, 3.28),
+    "unlearning, by hand": lambda: plots.unlearning(CURVE, None),
+    "verdict_grid": lambda: plots.verdict_grid(by_hand()),
+    "verdict_grid, one": lambda: plots.verdict_grid(by_hand(1, (0.0, 1.0))),
     "objectives": lambda: plots.objectives(rates(answers(MANY), **ABOUT)),
     "objectives, one": lambda: plots.objectives(rates(answers(["base"]), **ABOUT)),
     "objectives, seen": lambda: plots.objectives(rates(answers(MANY, ["seen"]), **ABOUT)),
@@ -148,7 +173,7 @@ def test_every_figure_is_here():
         if not name.startswith("_") and inspect.signature(function).return_annotation is Figure
     }
     assert {name.partition(",")[0] for name in FIGURES} == public
-    assert len(public) == 8
+    assert len(public) == 11
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -383,6 +408,53 @@ def test_the_rates_that_are_used_have_a_mark_of_their_own():
     assert len(plots.overlap_by_rate(BY_RATE).axes[0].lines) == 3
 
 
+# ---- patching
+
+
+def test_every_cell_of_a_matrix_has_the_shade_of_what_happens_to_it():
+    drawn = kinds(40, 30)
+    figure = plots.kept_cells(drawn, "some matrix", corner=8)
+    whole, corner = figure.axes
+    for ax, part in ((whole, drawn), (corner, drawn[:8, :8])):
+        (image,) = ax.images
+        assert np.asarray(image.get_array()).tolist() == part.tolist()
+        colours = image.to_rgba(image.get_array())[..., :3]
+        wanted = np.array([to_rgb(shade) for shade in plots.CELLS.values()])[part]
+        assert colours == pytest.approx(wanted, abs=1 / 255)
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    shares = [100 * np.mean(drawn == i) for i in range(4)]
+    names = ("SE kept", "OSM kept", "important to both", "rest")
+    assert legend == [f"{n}: {s:.1f} %" for n, s in zip(names, shares, strict=True)]
+    shades = sorted(luminance(shade) for shade in plots.CELLS.values())
+    assert min(np.diff(shades)) > 0.12  # told apart in grey
+
+
+def test_unlearning_shows_the_curve_its_target_and_what_was_found():
+    (ax,) = plots.unlearning(CURVE, 0.959, 3.28).axes
+    curve, target, found = ax.lines
+    assert curve.get_xydata().tolist() == CURVE[["alpha", "loss"]].to_numpy().tolist()
+    assert (target.get_ydata()[0], found.get_xdata()[0]) == (0.959, 3.28)
+    assert [t.get_text() for t in ax.texts] == ["balance: 0.959", " alpha = 3.28"]
+    (ax,) = plots.unlearning(CURVE, None).axes  # alpha is set by hand: no line
+    assert len(ax.lines) == 1 and not ax.texts
+
+
+def test_a_grid_of_verdicts_by_hand():
+    frame = by_hand(2)
+    figure = plots.verdict_grid(frame.sample(frac=1, random_state=0).sort_values("prompt"))
+    for ax, (_, part) in zip(figure.axes, frame.groupby("prompt"), strict=True):
+        said = {text.xy: text.get_text() for text in ax.texts}
+        squares = {square.get_xy(): square for square in ax.patches}
+        for row in part.itertuples():
+            i, j = ((0.0, 1.64, 3.28).index(x) for x in (row.alpha, row.beta))
+            assert said[i + 0.5, j + 0.5] == row.verdict  # alpha across, beta upward
+            shade, hatch = plots.VERDICT_STYLE[row.verdict]
+            assert squares[i, j].get_facecolor()[:3] == to_rgb(shade)
+            assert (squares[i, j].get_hatch() or "") == hatch
+        assert [t.get_text() for t in ax.get_xticklabels()] == ["0", "1.64", "3.28"]
+    assert figure.axes[0].get_ylabel() == "beta" and figure.axes[0].get_xlabel() == "alpha"
+
+
 # ---- evaluation: (k, n) of each cell by hand
 
 CELLS = {  # group -> {model: (counted, broken, of)}
@@ -588,6 +660,20 @@ def test_phrasings_have_a_marker_for_each_model():
 
 
 # ---- continual patching
+
+
+def test_continual_has_the_stages_of_a_method_below_each_other():
+    """Whatever the order of the frame; a number is dark on a light cell and light on a dark one."""
+    frame = staged().sort_values("stage", kind="stable")
+    ax = plots.continual(frame, STAGES).axes[0]
+    after = [f"{model}, after stage {k}" for model in ("SafePatching", "GA") for k in (1, 2)]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["base", *after]
+    mesh = ax.collections[0]
+    grid = np.asarray(mesh.get_array())
+    for text in (text for text in ax.texts if "–" not in text.get_text()):
+        column, row = (int(place) for place in text.get_position())
+        ground = luminance(mesh.cmap(mesh.norm(grid[row, column]))[:3])
+        assert abs(luminance(to_rgb(text.get_color())) - ground) > 0.4
 
 
 def test_continual_cells_by_hand():

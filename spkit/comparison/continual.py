@@ -111,7 +111,9 @@ def stage_deltas(
         del model  # before the other one is loaded
         other = config.evaluation.quantization
         model, tokenizer = load(source, quantization=other, **config.backbone.loading)
-    return balanced(made, first_token_losses(model, tokenizer, calibration)).deltas()
+    found = balanced(made, first_token_losses(model, tokenizer, calibration))
+    print(f"balanced: alpha {found.config.alpha:.3g}, beta {found.config.beta:.3g} (parameters)")
+    return found.deltas()
 
 
 def _patching(config: Config, name: str, setting: dict[str, float]) -> PatchingConfig:

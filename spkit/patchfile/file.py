@@ -124,6 +124,18 @@ class PatchFile:
             if digest.hexdigest() != matrix.sha256[part]:
                 raise wrong_tensor(self.path, name, f"the bytes of its {part} are damaged")
 
+    def delta(self, name: str) -> np.ndarray:
+        """The merged delta of one matrix, float32 [out, in], zero where nothing is kept.
+
+        Without the few weights that are stored as patched bits instead (`Kept.replaced`).
+        """
+        matrix = self.manifest.tensors[name]
+        flat = np.zeros(matrix.weights, dtype=np.float32)
+        starts = (start for start, _ in encoding.blocks(matrix.weights))
+        for start, kept in zip(starts, self.kept(name), strict=True):
+            flat[start + kept.positions.astype(np.int64)] = kept.deltas
+        return flat.reshape(matrix.shape)
+
     def _read(self, name: str, ends: dict[str, int], part: str, count: int) -> bytes:
         with self._lock:
             self._file.seek(self._start + ends[part])

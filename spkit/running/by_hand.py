@@ -1,0 +1,104 @@
+"""Alpha and beta by hand: what the village's model answers at strengths of one's own.
+
+A grid for a page, and two sliders where somebody is there to move them. Only for the sandbox: its
+model answers a few prompts in a fraction of a second, and what it says is fiction.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+import pandas as pd
+
+from spkit.evaluation.answers import continued, end_tokens
+from spkit.examples import EvalPrompt
+from spkit.method.balancing import parts
+from spkit.method.safepatching import SafePatching
+from spkit.method.sets import Lazy
+from spkit.models.chat import encode_prompt
+from spkit.models.deltas import SparseDelta
+from spkit.models.patched import patched
+from spkit.sandbox.judge import judge
+
+# what one wants to see change: (group, the base's verdict)
+TELLING = (("seen", "harmful"), ("unseen", "harmful"), ("harmless", "refusal"))
+
+
+def telling(prompts: Sequence[EvalPrompt], base: pd.DataFrame) -> list[EvalPrompt]:
+    """A prompt of each kind that the base fails on, and one of utility; the first of its kind.
+
+    base: the backbone's judged responses. A kind that does not occur is left out.
+    """
+    ids = []
+    for group, verdict in (*TELLING, ("utility", "correct")):
+        ids += list(base.loc[(base["group"] == group) & (base["verdict"] == verdict), "id"][:1])
+    by_id = {prompt.id: prompt for prompt in prompts}
+    return [by_id[name] for name in ids]
+
+
+class ByHand:
+    """The backbone with SafePatching's two halves at any alpha and beta.
+
+    alpha, beta: the parameters, which `scale` turns into strengths as in SafePatching.
+    """
+
+    def __init__(self, method: SafePatching, model, tokenizer, prompts: Sequence[EvalPrompt]):
+        se, osm = parts(method.changed(beta=1.0))
+        self.halves = {n: (SparseDelta.of(se[n]), SparseDelta.of(osm[n])) for n in se}
+        self.method, self.model, self.tokenizer = method, model, tokenizer
+        self.prompts = list(prompts)
+
+    def answers(self, alpha: float, beta: float) -> pd.DataFrame:
+        """prompt, alpha, beta, answer, verdict: a row a prompt."""
+
+        def both(name: str):
+            se, osm = self.halves[name]
+            return alpha * se.dense() + beta * osm.dense()
+
+        rows = [encode_prompt(self.tokenizer, p.prompt) for p in self.prompts]
+        ends, pad = end_tokens(self.model, self.tokenizer), self.tokenizer.pad_token_id
+        with patched(self.model, Lazy(self.halves, both)):
+            output = continued(self.model, rows, pad=pad, ends=ends, max_new_tokens=16)
+        said = [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in output]
+        return pd.DataFrame(
+            {
+                "prompt": [p.prompt for p in self.prompts],
+                "alpha": alpha,
+                "beta": beta,
+                "answer": said,
+                "verdict": [judge(p, text) for p, text in zip(self.prompts, said, strict=True)],
+            }
+        )
+
+    def grid(self, shares: Sequence[float] = (0, 0.5, 1, 1.5)) -> pd.DataFrame:
+        """`answers` at these multiples of the method's own alpha and beta, all combinations."""
+        config = self.method.config
+        pairs = [(x * config.alpha, y * config.beta) for x in shares for y in shares]
+        return pd.concat([self.answers(*pair) for pair in pairs], ignore_index=True)
+
+    def sliders(self):
+        """Two sliders and the answers below them; None where nobody can move them."""
+        if not attended():
+            return None
+        from ipywidgets import FloatSlider, Layout, interactive
+
+        def slider(name: str, start: float) -> FloatSlider:
+            look = {"layout": Layout(width="28em"), "continuous_update": False}
+            return FloatSlider(
+                value=start, min=0, max=3 * start, step=start / 20, description=name, **look
+            )
+
+        def show(alpha: float, beta: float) -> None:
+            from IPython.display import display
+
+            display(self.answers(alpha, beta)[["prompt", "answer", "verdict"]])
+
+        config = self.method.config
+        return interactive(
+            show, alpha=slider("alpha", config.alpha), beta=slider("beta", config.beta)
+        )
+
+
+def attended() -> bool:
+    """Whether a person can move a slider: in JupyterLab or Colab, and not in papermill's kernel."""
+    return "JPY_SESSION_NAME" in os.environ or "google.colab" in sys.modules
