@@ -2,8 +2,8 @@
 
     weight' = round(float32(weight) + delta)        patched
 
-Rounding is to the nearest, ties to even, as torch does it; a test compares all 65,536 values and the
-halves between them. numpy has no bfloat16, so arrays here hold *bits*:
+Rounding is to the nearest, ties to even, as torch does it; a test compares all 65,536 values and
+the halves between them. numpy has no bfloat16, so arrays here hold *bits*:
 uint16 for BF16 and F16, uint32 for F32. Names of dtypes are those of safetensors' headers.
 """
 
