@@ -54,9 +54,9 @@ def test_importing_spkit_stays_light():
 def test_the_lines_of_readme(capsys, tmp_path, monkeypatch):
     """Ten lines: the first prompt is answered with harm, then refused; the second the reverse."""
     monkeypatch.chdir(tmp_path)
-    names, begun = {}, time.time()
+    names, begun = {}, time.process_time()
     exec(compile(README_SNIPPET, "README", "exec"), names)
-    took = time.time() - begun
+    took = time.process_time() - begun
     shown = capsys.readouterr().out.splitlines()
     assert len(README_SNIPPET.strip().splitlines()) <= 10 and len(shown) == 2
     refusal = "sorry i cannot help with that"
@@ -69,7 +69,7 @@ def test_the_lines_of_readme(capsys, tmp_path, monkeypatch):
         found = model.state_dict()[name]
         assert torch.equal(found, weight.to(found.dtype))  # the backbone is as it was
     better(model, tokenizer, patch)
-    print(f"README's lines took {took:.1f} s")
+    print(f"README's lines took {took:.1f} s of one core")
 
 
 def better(model, tokenizer, patch):

@@ -58,9 +58,8 @@ def read_model(
     """The model alone, of any of transformers' auto classes, in eval mode; see `load`.
 
     dtype, device: resolved, no longer "auto". SpkitError also for a checkpoint that lacks a tensor.
+    In NF4 every layer is checked, and a warning says where bitsandbytes computes wrongly (nf4.py).
     """
-    from transformers import BitsAndBytesConfig
-
     source = _check_source(source)
     if revision is None and not Path(source).is_dir():
         warnings.warn(
@@ -69,12 +68,7 @@ def read_model(
         )
     options = {"dtype": DTYPES[dtype], "device_map": {"": device}}
     if quantization == "nf4":
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=DTYPES[dtype],
-        )
+        options["quantization_config"] = _nf4(DTYPES[dtype])
     lower = {"quantization": quantization} if quantization == "none" else {}
     try:
         with explained(f"loading {source}", lower):
@@ -94,6 +88,18 @@ def read_model(
     guard_nf4(model)
     check_nf4(model)
     return model.eval()
+
+
+def _nf4(dtype: torch.dtype):
+    """QLoRA's NF4 with double quantisation; `dtype` is what the layers compute in."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 def load_tokenizer(

@@ -14,6 +14,7 @@ from spkit.errors import SpkitError
 from spkit.models.loading import load
 from spkit.models.nf4 import check_nf4, decoded, mend
 from spkit.models.weights import effective_weight, guard_nf4, target_weights
+from spkit.sandbox.backbone import SHIPPED
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -109,6 +110,21 @@ def test_multiples_of_64_stay_bitsandbytes_own():
             theirs = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
             assert theirs.dtype == dtype
             assert torch.equal(theirs, decoded(layer.weight))
+
+
+def test_the_sandbox_keeps_its_bits():
+    """Widths 192 and 512: no layer is mended, and the decoded weights are bitsandbytes' own."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model, _ = load(SHIPPED, quantization="nf4", device="cpu")
+    layers = target_weights(model, tiny.TARGETS)
+    assert {layer.in_features for layer in layers.values()} == {192, 512}
+    for layer in layers.values():
+        assert "forward" not in vars(layer)
+        theirs = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        assert torch.equal(theirs.view(torch.int32), effective_weight(layer).view(torch.int32))
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (1, 63), (7, 9), (5, 100), (2, 1), (33, 65)])
