@@ -102,12 +102,11 @@ def report(
 ) -> None:
     """Print the tables of a finished experiment as markdown."""
     from spkit.comparison import publish
-    from spkit.comparison.report import read_tables
 
     if into:
         publish.publish(tables, into)
     else:
-        print(publish.markdown(read_tables(tables)))
+        print(publish.markdown(publish.read_tables(tables)))
 
 
 @command(RUN, "what each notebook will need here, predicted", "notebooks")
