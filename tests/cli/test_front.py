@@ -133,3 +133,47 @@ def test_report_prints_and_fills_pages(tmp_path):
     assert done.exit_code == 0 and done.stdout == "" and page.read_text() == "nothing marked\n"
     done = run("report", tmp_path)
     assert done.exit_code == 1 and done.stderr.startswith("error: ")
+
+
+# ---- run and seeds, without running --------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What the walkthrough is asked to run."""
+    from spkit.running import walkthrough
+
+    found = []
+    monkeypatch.setattr(walkthrough, "run", lambda *a, **o: found.append((*a, o)))
+    return found
+
+
+def test_seeds_runs_every_seed_and_shows_their_tables(asked, monkeypatch):
+    from spkit.running import seeds
+
+    shown = []
+    monkeypatch.setattr(seeds, "report", lambda *a: shown.append(a) or "the tables")
+    done = run("seeds", "p.yaml", 3, 5, "-o", "patching.beta=2", "--run-name", "x", "--cores", 1)
+    assert done.exit_code == 0 and done.stdout == "the tables\n"
+    common = {"patching.beta": 2, "run_name": "x"}
+    options = {"cores": 1, "overwrite": False}
+    assert asked == [(Path("p.yaml"), {**common, "seed": s}, options) for s in (3, 5)]
+    assert shown == [(Path("p.yaml"), [3, 5], common)]
+    assert run("seeds", "p.yaml").exit_code == 0
+    assert [given["seed"] for _, given, _ in asked[2:]] == [0, 1, 2, 3, 4]
+
+
+def test_one_seed_has_no_interval_and_is_not_run(asked):
+    done = run("seeds", "p.yaml", 3)
+    assert done.exit_code == 1 and "needs two seeds at least" in done.stderr and asked == []
+
+
+def test_a_mistake_in_the_params_file_is_one_sentence(tmp_path):
+    params = tmp_path / "p.yaml"
+    params.write_text("sead: 1\n")
+    for command in (("run", params), ("seeds", params), ("memory", params)):
+        done = run(*command)
+        assert done.exit_code == 1 and "unknown key sead, did you mean seed?" in done.stderr
+    params.write_text("")
+    done = run("run", params, "-o", "patching.alfa=1")
+    assert done.exit_code == 1 and "did you mean patching.alpha?" in done.stderr
