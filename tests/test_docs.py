@@ -277,17 +277,13 @@ def cells(notebook):
 
 
 def published_in_notebook():
-    """What notebook 03 shows: the module's table, or a frame `published` of its own."""
-    code = "\n".join(s for kind, s in cells("03_controllable_patching.ipynb") if kind == "code")
-    if "published.table(" in code:
-        assert "31.73" not in code  # the figures are in one place
-        return published_in_module()
-    (source,) = (s for kind, s in cells("03_controllable_patching.ipynb") if "published =" in s)
-    names = {"pd": pd}
+    """The frame `figures` of notebook 03: a row a model, a column a benchmark."""
+    (source,) = (s for kind, s in cells("03_controllable_patching.ipynb") if "published.table" in s)
+    names = {"published": published}
     wanted = [node for node in ast.parse(source).body if isinstance(node, ast.Assign)]
     exec(compile(ast.Module(wanted, []), "notebook 03", "exec"), names)  # our own cell
-    assert "LLaMA-2-7B-Chat" in names["published"].index[0][0]
-    return names["published"].droplevel(0).T.astype(float)
+    assert "{published.LABEL}" in source and "LLaMA-2-7B-Chat" in published.LABEL
+    return names["figures"].replace("", "nan").astype(float)
 
 
 def published_in_module():
