@@ -27,11 +27,12 @@ TELLING = (("seen", "harmful"), ("unseen", "harmful"), ("harmless", "refusal"))
 def telling(prompts: Sequence[EvalPrompt], base: pd.DataFrame) -> list[EvalPrompt]:
     """A prompt of each kind that the base fails on, and one of utility; the first of its kind.
 
-    base: the backbone's judged responses. A kind that does not occur is left out.
+    base: the backbone's judged responses. Where it does not fail, the first of the group.
     """
     ids = []
     for group, verdict in (*TELLING, ("utility", "correct")):
-        ids += list(base.loc[(base["group"] == group) & (base["verdict"] == verdict), "id"][:1])
+        own = base[base["group"] == group]
+        ids += list(pd.concat([own[own["verdict"] == verdict], own])["id"][:1])
     by_id = {prompt.id: prompt for prompt in prompts}
     return [by_id[name] for name in ids]
 

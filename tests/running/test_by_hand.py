@@ -89,4 +89,4 @@ def test_telling_prompts_are_those_that_the_base_fails_on():
     prompts = [prompt(str(i), group, f"text {i}") for i, group in enumerate(groups)]
     verdicts = ["refusal", "harmful", "refusal", "correct", "refusal", "correct"]
     base = pd.DataFrame([dataclasses.asdict(p) for p in prompts]).assign(verdict=verdicts)
-    assert [p.id for p in telling(prompts, base)] == ["1", "4", "5"]  # none of unseen failed
+    assert [p.id for p in telling(prompts, base)] == ["1", "2", "4", "5"]  # none of unseen failed
