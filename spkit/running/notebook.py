@@ -17,9 +17,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from spkit.config import Config
+from spkit.config import Config, load_params
 from spkit.errors import SpkitError
-from spkit.running.runs import Run
+from spkit.running.runs import Run, run_folder
 from spkit.system.determinism import make_deterministic
 from spkit.validation import Section, nearest, refuse_tokens
 
@@ -48,6 +48,24 @@ def start(stage: str, namespace: Mapping[str, Any]) -> tuple[Config, Run]:
     run = Run(config, stage)
     print(f"{stage}: seed {config.seed}, results in {run.folder}")
     return config, run
+
+
+def opened(
+    params: str, overrides: Mapping[str, Any] | None = None
+) -> tuple[Config, Path, Path | str]:
+    """(parameters, run folder, backbone) of finished notebooks, to read and not to write to.
+
+    For solutions of exercises, which are no stage of their own. params: the file that the notebooks
+    were run with. The backbone is a folder or hub id.
+    """
+    _errors_in_one_sentence()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    os.chdir(repository_root())
+    config = load_params(params, overrides)
+    make_deterministic(config.seed, config.threads)
+    without_loading_bars()
+    folder, own = run_folder(config), config.backbone.source == "sandbox"
+    return config, folder, folder / "00_backbone" / "model" if own else config.backbone.source
 
 
 def differing(config: Config) -> dict[str, Any]:
