@@ -31,6 +31,7 @@ def on_page_content(html, page, config, files):
     html = html.replace("</table>", "</table></div>")
     # "24.1 [18.3, 30.2] *" stays on one line
     html = re.sub(r"<td>(-?[\d.,]+ \[[^<\]]+\][ *]*)</td>", r'<td class="interval">\1</td>', html)
+    html = re.sub(r"<td>([^<]{40,})</td>", r'<td class="long">\1</td>', html)
     return Raw.put(html)
 
 
