@@ -399,6 +399,25 @@ def test_an_error_of_the_watcher_gives_the_model_back_and_saves_nothing(save, tm
     assert files(tmp_path) == []
 
 
+@pytest.mark.parametrize("save", ["scores", "sets"])
+def test_an_error_while_saving_gives_the_model_back(save, tmp_path, monkeypatch):
+    model = tiny.model("llama")
+    before = anatomy(model)
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(scoring, "top_rate_set" if save == "sets" else "gathered", interrupted)
+    walk = windows(model, layers_per_pass=1)
+    if save == "scores":
+        next(walk)  # the model is wrapped from here on
+    with pytest.raises(KeyboardInterrupt) as caught:
+        save_windows(walk, save, whole_config(save).patching, tmp_path)
+    assert caught.tb is not None
+    assert_untouched(model, before)
+    assert files(tmp_path) == []
+
+
 def test_the_limit_on_tokens_is_that_of_the_data(tmp_path, monkeypatch):
     limits = []
 
