@@ -269,6 +269,8 @@ def test_exact_values_of_a_float32_backbone_are_the_deltas(tmp_path):
         assert torch.equal(values, deltas[name])
     with PatchFile(path) as patch:
         error = patch.manifest.error
+        for name, delta in deltas.items():
+            assert torch.equal(torch.from_numpy(patch.delta(name)), delta)
     assert (error.relative_rms, error.largest, error.changed) == (0.0, 0.0, 0)
 
 
@@ -325,6 +327,7 @@ def test_a_matrix_of_two_blocks(tmp_path):
     with PatchFile(path) as patch:
         assert [block.kept > 0 for block in patch.manifest.tensors["w"].blocks] == [True, True]
         found = [k.positions for k in patch.kept("w")]
+        assert set(np.flatnonzero(patch.delta("w"))) == set(places.tolist())  # of both blocks
     assert found[0][[0, 1, -1]].tolist() == [0, 1, BLOCK - 1]
     assert found[1][[0, 1, -1]].tolist() == [0, 1, 1500 * 1500 - 1 - BLOCK]
     apply(path, source, tmp_path / "made")
