@@ -75,6 +75,7 @@ class ByHand:
         """`answers` at these multiples of the method's own alpha and beta, all combinations."""
         config = self.method.config
         pairs = [(x * config.alpha, y * config.beta) for x in shares for y in shares]
+        pairs = dict.fromkeys(pairs)  # an alpha of 0, found by balance, has no multiples
         return pd.concat([self.answers(*pair) for pair in pairs], ignore_index=True)
 
     def sliders(self):
@@ -85,9 +86,8 @@ class ByHand:
 
         def slider(name: str, start: float) -> FloatSlider:
             look = {"layout": Layout(width="28em"), "continuous_update": False}
-            return FloatSlider(
-                value=start, min=0, max=3 * start, step=start / 20, description=name, **look
-            )
+            end = 3 * start or 1.0
+            return FloatSlider(value=start, min=0, max=end, step=end / 60, description=name, **look)
 
         def show(alpha: float, beta: float) -> None:
             from IPython.display import display

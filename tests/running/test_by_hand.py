@@ -70,6 +70,8 @@ def test_the_grid_is_around_the_method_s_own_strengths():
     grid = ByHand(method(model, alpha=2.0, beta=1.5), model, TOKENIZER, PROMPTS[:1]).grid((0, 1, 2))
     assert sorted(set(grid["alpha"])) == [0, 2, 4] and sorted(set(grid["beta"])) == [0, 1.5, 3]
     assert len(grid) == 9 and not grid.duplicated(["prompt", "alpha", "beta"]).any()
+    none = ByHand(method(model, alpha=0.0, beta=1.5), model, TOKENIZER, PROMPTS[:1]).grid((0, 1, 2))
+    assert none["alpha"].tolist() == [0, 0, 0] and none["beta"].tolist() == [0, 1.5, 3]
 
 
 def test_sliders_only_where_somebody_can_move_them(monkeypatch):

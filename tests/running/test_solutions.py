@@ -80,8 +80,8 @@ def executed(tmp_path_factory):
         whole, kernel_name="python3", timeout=600, resources=folder, allow_errors=True
     )
     client.execute(env=ENVIRONMENT)
-    for cell in cells[:before]:
-        assert errors(cell) == [], cell.source
+    failed = [(errors(cell), cell.source) for cell in cells[:before] if errors(cell)]
+    assert failed == []
     ran, stages = {}, iter(SOLUTIONS)
     for cell in cells[before:]:
         if cell.source == FORGET:
@@ -142,7 +142,7 @@ def test_every_exercise_has_its_solution(stage):
 def test_a_solution_runs_and_answers_in_words(executed, stage):
     for cell in executed[stage].cells:
         if cell.cell_type == "code":
-            assert errors(cell) == [], cell.source
+            assert (errors(cell), cell.source) == ([], cell.source)
     for number, cells in parts(executed[stage]).items():
         words = re.findall(r"[a-z]{2,}", said(cells))
         assert len(words) >= 4, f"exercise {number} prints no sentence"
