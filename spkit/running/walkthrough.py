@@ -80,10 +80,11 @@ def run(
     Run.restore(config)  # what a mirror holds and this machine lacks
     planned = Planned(config)
     _require_owner(config, params, planned, overwrite)
-    print(planned.opening(os.path.relpath(params)), flush=True)
+    together = max(1, cores // (config.threads or cores))
+    print(planned.opening(os.path.relpath(params), together), flush=True)
     if planned.todo or not _table_is_new(config):
         _remember_owner(config, params)
-        _run_snakemake(config, planned, cores)
+        _run_snakemake(planned, cores, together)
     return config
 
 
@@ -98,12 +99,13 @@ class Planned:
         self.began: dict[str, float] = {}  # by time.monotonic, in the order in which they began
         self.done: list[str] = []
 
-    def opening(self, params: str) -> str:
-        """One line: what runs, and for how long."""
+    def opening(self, params: str, together: int) -> str:
+        """One line: what runs, and for how long; together as in `left`."""
         where = f"{params}: {run_folder(self.config)}"
         if not self.todo:
             return f"{where}: nothing to be done, all {len(STAGES)} notebooks are there"
-        return f"{where}: {len(self.todo)} of {len(STAGES)} notebooks to run"
+        parts = [f"{where}: {len(self.todo)} of {len(STAGES)} notebooks to run"]
+        return ", ".join(parts + [left for left in (self.left(together),) if left])
 
     def title(self, stage: str) -> str:
         """ "[2/6] 01 patch derivation"; numbered as they began."""
@@ -182,14 +184,16 @@ def _name(path: Path) -> str:
 
 
 def _table_is_new(config: Config) -> bool:
-    """Whether results.csv is younger than every record."""
+    """Whether results.csv is younger than the records of all that it is made from."""
     table = run_folder(config) / "results.csv"
-    records = [stage_folder(config, stage) / "record.json" for stage in STAGES]
+    made = [stage for stage in STAGES if STAGES[stage].results]
+    records = [stage_folder(config, stage) / "record.json" for stage in made]
     times = [path.stat().st_mtime_ns for path in records if path.is_file()]
     return table.is_file() and table.stat().st_mtime_ns >= max(times, default=0)
 
 
-def _run_snakemake(config: Config, planned: Planned, cores: int) -> None:
+def _run_snakemake(planned: Planned, cores: int, together: int) -> None:
+    config = planned.config
     resolved = run_folder(config) / "params.yaml"
     with atomic(resolved) as path:
         path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
@@ -198,7 +202,6 @@ def _run_snakemake(config: Config, planned: Planned, cores: int) -> None:
     command += ["--nolock", "--quiet", "progress", "host", "reason"]
     command += ["--config", f"params={resolved}"]
     log = run_folder(config) / "log" / "snakemake.txt"
-    together = max(1, cores // (config.threads or cores))
     with log.open("w", encoding="utf-8") as file, _child(command, file) as child:
         _watch(child, planned, together)
     if child.returncode:

@@ -90,10 +90,11 @@ def test_a_notebook_is_given_what_differs_and_no_more():
 def test_what_is_missing_is_planned_and_said():
     planned = Planned(Config())
     assert planned.todo == list(STAGES)
-    assert planned.opening("p.yaml") == "p.yaml: outputs/sandbox/seed-0: 6 of 6 notebooks to run"
+    where = "p.yaml: outputs/sandbox/seed-0: "
+    assert planned.opening("p.yaml", 1) == f"{where}6 of 6 notebooks to run, about 3 min left"
     complete()
     assert Planned(Config()).todo == []
-    assert "nothing to be done, all 6 notebooks are there" in Planned(Config()).opening("p.yaml")
+    assert "nothing to be done, all 6 notebooks are there" in Planned(Config()).opening("p.yaml", 1)
     other = Config.from_sources({"patching": {"beta": 9.0}})
     assert Planned(other).todo == [PATCHING, CONTINUAL]
 
@@ -138,9 +139,9 @@ def quiet_run(elsewhere, monkeypatch):
     (elsewhere / "Snakefile").touch()
     asked = []
 
-    def pretend(config, planned, cores):
+    def pretend(planned, cores, together):
         asked.append(planned.todo)
-        complete(planned.todo, config)
+        complete(planned.todo, planned.config)
 
     monkeypatch.setattr(walkthrough, "_run_snakemake", pretend)
 
@@ -198,6 +199,17 @@ def test_outside_of_a_clone_it_says_so(elsewhere):
     Path("a.yaml").write_text("")
     with pytest.raises(SpkitError, match="no Snakefile here or above: change into a clone"):
         walkthrough.run("a.yaml", {})
+
+
+def test_the_table_is_made_anew_after_a_stage_that_it_is_made_from(elsewhere):
+    complete()
+    assert not walkthrough._table_is_new(Config())
+    Path("outputs/sandbox/seed-0/results.csv").touch()
+    assert walkthrough._table_is_new(Config())
+    complete([COMPARISON])  # no part of it, and often done last
+    assert walkthrough._table_is_new(Config())
+    complete([CONTINUAL])
+    assert not walkthrough._table_is_new(Config())
 
 
 # ---- what is told --------------------------------------------------------------------------------
