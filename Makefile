@@ -94,6 +94,7 @@ docs: $(READY)
 LOG := outputs/sandbox/seed-0/log
 solutions: $(patsubst notebooks/%,$(LOG)/%,$(wildcard notebooks/solutions/*.ipynb))
 
-$(LOG)/solutions/%.ipynb: notebooks/solutions/%.ipynb $(READY)
+# the walkthrough leaves the second
+$(LOG)/solutions/%.ipynb: notebooks/solutions/%.ipynb $(LOG)/%.ipynb | $(READY)
 	mkdir -p $(@D)
 	$(BIN)/papermill -k python3 --log-level WARNING $< $@ || { rm -f $@; exit 1; }

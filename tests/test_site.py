@@ -185,8 +185,12 @@ def test_an_executed_notebook_must_be_whole_and_of_the_sandbox(hooks, tmp_path):
 
     hooks.executed(saved(backbone={"source": "sandbox"}, overrides={}))
     for given in ({"backbone": {"source": "org/model"}}, {"overrides": {"data.harmful": "x"}}):
-        with pytest.raises(PluginError, match="must not become a page"):
+        with pytest.raises(PluginError, match="must not be a page"):
             hooks.executed(saved(**given))
+    for text in ('backbone = {"source": "org/model"}', 'params = "params/mine.yaml"'):
+        cell = v4.new_code_cell(text, metadata={"tags": ["parameters"]})
+        with pytest.raises(PluginError, match="must not be a page"):
+            hooks.executed(saved(cell))
     failed = v4.new_code_cell("1 / 0")
     failed.outputs = [v4.new_output("error", ename="E", evalue="", traceback=[])]
     with pytest.raises(PluginError, match="ended in an error"):

@@ -5,10 +5,12 @@ environment variable SPKIT_DOCS_RUN names another run folder). A notebook of a r
 pairs of D_h and must not become a page: any run whose parameters are not the sandbox's is refused.
 """
 
+import ast
 import base64
 import html
 import os
 import re
+from collections.abc import Iterator
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from raw import Raw
 
 ROOT = Path(__file__).parents[2]
 RUN = "outputs/sandbox/seed-0"
+PARAMS = "params/sandbox.yaml"
 SOLUTIONS = "notebooks/solutions"
 ROOT_PAGES = {
     "CHANGELOG.md": "changelog.md",
@@ -42,7 +45,8 @@ def on_files(files, config):
     for name in names:
         refuse_real(run, name)
         notebook = executed(run / "log" / f"{name}.ipynb")
-        for path, content in notebook_page(notebook, f"notebooks/{name}").items():
+        page = notebook_page(notebook, f"notebooks/{name}", f"notebooks/{name}.ipynb")
+        for path, content in page.items():
             files.append(File.generated(config, path, content=content))
     for path, content in solution_pages(run).items():
         files.append(File.generated(config, path, content=content))
@@ -93,27 +97,42 @@ def executed(path: Path):
     if not path.is_file():
         raise PluginError(f"{path} is missing: run `make walkthrough` first")
     notebook = nbformat.read(path, 4)
-    given = notebook.metadata.get("papermill", {}).get("parameters", {})
-    for key in SANDBOX:
-        values = (dotted(given, key), (given.get("overrides") or {}).get(key))
-        if any(value not in (None, "sandbox") for value in values):
-            raise PluginError(f"{path} was executed with another {key}: it must not become a page")
+    for given in parameters(notebook):
+        for key in SANDBOX:
+            values = (dotted(given, key), (given.get("overrides") or {}).get(key))
+            if any(value not in (None, "sandbox") for value in values):
+                raise PluginError(f"{path} was executed with another {key}: it must not be a page")
+        if given.get("params", PARAMS) != PARAMS:  # a solution reads the run of a params file
+            raise PluginError(f"{path} was executed on another params file: it must not be a page")
     for cell in notebook.cells:
         if any(output.output_type == "error" for output in cell.get("outputs", [])):
             raise PluginError(f"{path} ended in an error: run `make walkthrough` again")
     return notebook
 
 
+def parameters(notebook) -> Iterator[dict]:
+    """What papermill was given, and the literals of the cells that hold parameters."""
+    yield notebook.metadata.get("papermill", {}).get("parameters", {})
+    for cell in notebook.cells:
+        if {"parameters", "injected-parameters"} & set(cell.metadata.get("tags", [])):
+            lines = ast.parse(cell.source).body
+            found = [line for line in lines if isinstance(line, ast.Assign)]
+            yield {line.targets[0].id: ast.literal_eval(line.value) for line in found}
+
+
 # ---- from a notebook to a page -------------------------------------------------------------------
 
 
-def notebook_page(notebook, name: str) -> dict[str, str | bytes]:
-    """{path in the site: content}: the page `<name>.md` and its pictures."""
+def notebook_page(notebook, name: str, source: str) -> dict[str, str | bytes]:
+    """{path in the site: content}: the page `<name>.md` and its pictures.
+
+    source: the notebook's path in the repository, which its links start from.
+    """
     pictures: dict[str, bytes] = {}
     parts = []
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            parts.append(rewritten(cell.source, f"notebooks/{Path(name).name}.ipynb", f"{name}.md"))
+            parts.append(rewritten(cell.source, source, f"{name}.md"))
         elif cell.cell_type == "code" and cell.source.strip():
             parts.append(code(cell))
             parts += [shown(output, name, pictures) for output in cell.get("outputs", [])]
@@ -167,7 +186,7 @@ def solution_pages(run: Path) -> dict[str, str | bytes]:
     for path in sorted((ROOT / SOLUTIONS).glob("*.ipynb")):
         done = run / "log" / "solutions" / path.name
         notebook = executed(done) if done.is_file() else nbformat.read(path, 4)
-        pages |= notebook_page(notebook, f"solutions/{path.stem}")
+        pages |= notebook_page(notebook, f"solutions/{path.stem}", f"{SOLUTIONS}/{path.name}")
         links.append(f"* [{title_of(notebook)}]({path.stem}.md)")
     intro = "# Solutions of the exercises\n\n"
     intro += "Every notebook ends with exercises. Try them before you read on.\n\n"
