@@ -200,11 +200,19 @@ def test_an_executed_notebook_must_be_whole_and_of_the_sandbox(hooks, tmp_path):
 def test_cells_become_markdown(hooks):
     import nbformat.v4 as v4
 
-    plain = v4.new_code_cell("print(1)")
-    hidden = v4.new_code_cell("print(1)\n\nprint(2)", metadata={"tags": ["hide-input"]})
-    assert hooks.code(plain) == "```python\nprint(1)\n```"
-    folded = '??? code "Code"\n\n    ```python\n    print(1)\n\n    print(2)\n    ```'
-    assert hooks.code(hidden) == folded
+    tags = {"tags": ["hide-input"]}
+    hidden = [v4.new_code_cell(text, metadata=tags) for text in ("a\n\nb", "c", "d")]
+    hidden[1].outputs = [v4.new_output("stream", name="stdout", text="seen\n")]
+    cells = [*hidden, v4.new_code_cell("e"), v4.new_markdown_cell("text")]
+    pages = hooks.notebook_page(v4.new_notebook(cells=cells), "notebooks/x", "notebooks/x.ipynb")
+    fold, py, end = '??? code "Code"\n\n', "```python\n", "\n```\n\n"
+    inner, close = "    ```python\n    ", "\n    ```\n\n"
+    output = f'<div class="raw">raw-{len(hooks.Raw.kept) - 1}-raw</div>\n\n'
+    assert pages["notebooks/x.md"] == (
+        f"{fold}{inner}a\n\n    b{close}{inner}c{close}{output}"
+        f"{fold}{inner}d{close}{py}e{end}text\n"
+    )
+    assert hooks.Raw.kept[-1] == '<pre class="output">seen</pre>'
     picture = v4.new_output("display_data", {"image/png": "aGk="})
     picture.metadata = {"image/png": {"alt": 'a "map"', "width": 300}}
     pictures = {}

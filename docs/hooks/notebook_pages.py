@@ -31,11 +31,7 @@ ROOT_PAGES = {
     "outputs/README.md": "outputs.md",
 }
 SANDBOX = ("backbone.source", "data.harmful", "data.evaluation", "utility.perplexity")
-FOLDED = {
-    "parameters": "Parameters",
-    "injected-parameters": "Parameters of this run",
-    "hide-input": "Code",
-}
+FOLDED = {"parameters", "injected-parameters", "hide-input"}
 
 
 def on_files(files, config):
@@ -129,25 +125,39 @@ def notebook_page(notebook, name: str, source: str) -> dict[str, str | bytes]:
     source: the notebook's path in the repository, which its links start from.
     """
     pictures: dict[str, bytes] = {}
-    parts = []
+    parts: list[str] = []
+    hidden: list[str] = []  # cells that are folded into one box
     for cell in notebook.cells:
-        if cell.cell_type == "markdown":
-            parts.append(rewritten(cell.source, source, f"{name}.md"))
-        elif cell.cell_type == "code" and cell.source.strip():
-            parts.append(code(cell))
-            parts += [shown(output, name, pictures) for output in cell.get("outputs", [])]
-    return {f"{name}.md": "\n\n".join(filter(None, parts)) + "\n", **pictures}
+        if cell.cell_type == "code" and cell.source.strip():
+            found = [shown(output, name, pictures) for output in cell.get("outputs", [])]
+            results = [part for part in found if part]
+            if FOLDED & set(cell.metadata.get("tags", [])):
+                hidden.append(cell.source)
+            else:
+                parts += [folded(hidden), block(cell.source)]
+                hidden = []
+            if results:
+                parts += [folded(hidden), *results]
+                hidden = []
+        elif cell.cell_type == "markdown":
+            parts += [folded(hidden), rewritten(cell.source, source, f"{name}.md")]
+            hidden = []
+    parts = [part for part in (*parts, folded(hidden)) if part]
+    return {f"{name}.md": "\n\n".join(parts) + "\n", **pictures}
 
 
-def code(cell) -> str:
-    """A fenced block; folded where the cell's tags say so."""
-    block = f"```python\n{cell.source}\n```"
-    tags = cell.metadata.get("tags", [])
-    title = next((title for tag, title in FOLDED.items() if tag in tags), None)
-    if title is None:
-        return block
-    indented = "\n".join(f"    {line}" if line else "" for line in block.split("\n"))
-    return f'??? code "{title}"\n\n{indented}'
+def block(source: str) -> str:
+    """A cell that is shown."""
+    return f"```python\n{source}\n```"
+
+
+def folded(sources: list[str]) -> str:
+    """Cells behind one another that nobody needs to read at first, in one folded box."""
+    if not sources:
+        return ""
+    text = "\n\n".join(map(block, sources))
+    indented = "\n".join(f"    {line}" if line else "" for line in text.split("\n"))
+    return f'??? code "Code"\n\n{indented}'
 
 
 def shown(output, name: str, pictures: dict[str, bytes]) -> str:
