@@ -54,8 +54,9 @@ publish: $(READY)
 backbone: $(READY)
 	$(BIN)/python -m spkit.sandbox.ship $(PARAMS)
 
+# a file of tests stays in one process, whose fixtures it shares
 test: $(READY)
-	$(BIN)/python -m pytest --cov
+	$(BIN)/python -m pytest --cov -n $(CORES) --dist loadfile
 
 # what is found is kept in outputs/fuzz
 fuzz: $(READY)
@@ -64,7 +65,7 @@ fuzz: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(if $(wildcard notebooks/*.ipynb),$(BIN)/nbstripout --verify $(wildcard notebooks/*.ipynb))
+	$(BIN)/nbstripout --verify $(wildcard notebooks/*.ipynb notebooks/solutions/*.ipynb)
 
 lab: $(READY)
 	$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks

@@ -173,7 +173,8 @@ def test_a_mistake_in_the_params_file_is_one_sentence(tmp_path):
     params.write_text("sead: 1\n")
     for command in (("run", params), ("seeds", params), ("memory", params)):
         done = run(*command)
-        assert done.exit_code == 1 and "unknown key sead (value 1), did you mean seed?" in done.stderr
+        assert done.exit_code == 1
+        assert "unknown key sead (value 1), did you mean seed?" in done.stderr
     params.write_text("")
     done = run("run", params, "-o", "patching.alfa=1")
     assert done.exit_code == 1 and "did you mean patching.alpha?" in done.stderr
