@@ -109,7 +109,8 @@ def wrong_links(text, page):
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
         if re.match(r"[a-z]+:", link):
             continue
-        path, _, anchor = link.partition("#")
+        # make walkthrough leaves an executed copy of each notebook
+        path, _, anchor = link.replace("outputs/sandbox/seed-0/log/", "notebooks/").partition("#")
         target = page.parent / path if path else page
         if not target.exists():
             wrong.append(link)
@@ -138,7 +139,8 @@ def test_a_wrong_name_is_found():
     `derivaton.lora.r`, {"evaluation.splits": 1}, `patching.py`, `record.json`,
     `spkit.running.summary`, `backbone.prepare_backbone`, `backbone.laod`, `params/mine.yaml`,
     [a](method.md), [b](methods.md), [c](#4-hazards), [d](method.md#8-hazards),
-    [e](https://arxiv.org/abs/2405.13820), [f](../LICENSE)
+    [e](https://arxiv.org/abs/2405.13820), [f](../LICENSE),
+    [g](../outputs/sandbox/seed-0/log/00_backbone.ipynb), [h](../outputs/sandbox/seed-0/log/00.ipynb)
     """
     assert wrong_references(text) == [
         "spkit/method/patching.py: retention_maks",
@@ -152,7 +154,8 @@ def test_a_wrong_name_is_found():
         "evaluation.splits",
         "backbone.laod",
     ]
-    assert wrong_links(text, METHOD) == ["methods.md", "#4-hazards"]
+    log = "../outputs/sandbox/seed-0/log"
+    assert wrong_links(text, METHOD) == ["methods.md", "#4-hazards", f"{log}/00.ipynb"]
 
 
 # ---- equations -----------------------------------------------------------------------------------
