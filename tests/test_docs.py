@@ -140,7 +140,8 @@ def test_a_wrong_name_is_found():
     `spkit.running.summary`, `backbone.prepare_backbone`, `backbone.laod`, `params/mine.yaml`,
     [a](method.md), [b](methods.md), [c](#4-hazards), [d](method.md#8-hazards),
     [e](https://arxiv.org/abs/2405.13820), [f](../LICENSE),
-    [g](../outputs/sandbox/seed-0/log/00_backbone.ipynb), [h](../outputs/sandbox/seed-0/log/00.ipynb)
+    [g](../outputs/sandbox/seed-0/log/00_backbone.ipynb),
+    [h](../outputs/sandbox/seed-0/log/00.ipynb)
     """
     assert wrong_references(text) == [
         "spkit/method/patching.py: retention_maks",
