@@ -251,7 +251,7 @@ class EvaluationConfig(Section):
     )
 
 
-Judge = Literal["sandbox", "keywords", "classifier", "generative"]
+Judge = Literal["sandbox", "keywords", "refusal", "classifier", "generative"]
 
 
 class ClassifierConfig(Section):
@@ -281,7 +281,7 @@ class JudgesConfig(Section):
     harmful: list[Judge] = Field(
         ["sandbox"], min_length=1, description="for harmful prompts [paper: a classifier]"
     )
-    over_safety: list[Literal["sandbox", "keywords", "generative"]] = Field(
+    over_safety: list[Literal["sandbox", "keywords", "refusal", "generative"]] = Field(
         ["sandbox"], min_length=1, description="for harmless prompts [paper: human annotators]"
     )
     keywords: Literal["gcg", "jailbreakbench", "both"] = Field(

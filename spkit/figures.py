@@ -27,6 +27,8 @@ VERDICT_STYLE = {
     "harmful": (ACCENT, ""),
     "broken": (PALE, "////"),
     "unclear": (PALE, "...."),
+    "unfinished": (PALE, "||||"),
+    "parroting": (PALE, "----"),
     "wrong": (PALE, "xxxx"),
     "refusal": (MIDDLE, ""),
     "partial refusal": (LIGHT, "\\\\\\\\"),

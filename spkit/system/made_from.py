@@ -36,7 +36,11 @@ PLUMBING = frozenset(
     )
 )
 # module -> files beside it that it reads
-DATA = {"spkit.sandbox.backbone": ("sandbox/weights/*",)}
+DATA = {
+    "spkit.sandbox.backbone": ("sandbox/weights/*",),
+    "spkit.evaluation.judges.refusal": ("evaluation/judges/refusal_weights.json",),
+    "spkit.evaluation.judges.refusal_phrases": ("evaluation/judges/refusal_phrases.yaml",),
+}
 
 
 def code(roots: Iterable[str]) -> dict[str, str]:

@@ -25,6 +25,7 @@ from spkit.evaluation.judges.formats import FORMATS
 from spkit.evaluation.judges.generative import GenerativeJudge
 from spkit.evaluation.judges.judge import Judge
 from spkit.evaluation.judges.keywords import KeywordJudge
+from spkit.evaluation.judges.refusal import RefusalJudge
 from spkit.evaluation.judges.sandbox import SandboxJudge, judge_for
 from spkit.examples import EvalPrompt
 
@@ -67,6 +68,8 @@ def load_judge(name: str, config: Config) -> Judge:
         return SandboxJudge(config)
     if name == "keywords":
         return KeywordJudge(judges.keywords)
+    if name == "refusal":
+        return RefusalJudge()
     if name == "classifier":
         return ClassifierJudge(judges, device)
     if name == "generative":
