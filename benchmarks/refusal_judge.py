@@ -25,6 +25,7 @@ from spkit.evaluation.judges.keywords import LISTS, KeywordJudge
 from spkit.evaluation.judges.refusal import WEIGHTS, RefusalJudge
 from spkit.examples import EvalPrompt
 
+FOLDS = 6  # of our own texts, by prompt
 CLASSES = ("correct", "partial refusal", "refusal")
 
 
@@ -66,6 +67,20 @@ def row(model: str, judge: str, said: Sequence[str], examples: Sequence[training
     ]
 
 
+def own_held_out(
+    sources: dict[str, list[training.Example]], own: list[training.Example]
+) -> list[str]:
+    """The verdicts on our own texts, each by a judge that knows none of its prompt's texts."""
+    asked = list(dict.fromkeys(example.prompt for example in own))
+    settings, said = training.chosen(sources, own), {}
+    for fold in range(FOLDS):
+        out = set(asked[fold::FOLDS])
+        models = training.fit(sources, [e for e in own if e.prompt not in out], settings)
+        held = [example for example in own if example.prompt in out]
+        said |= dict(zip(held, training.said_by(models, held), strict=True))
+    return [said[example] for example in own]
+
+
 HEADERS = (
     "model judge n agree_% 95_%_interval kappa refusals_missed false_refusals three-way_% kappa"
 )
@@ -103,6 +118,8 @@ def main() -> None:
         if given.show and name in verdicts:
             pairs = enumerate(zip(verdicts[name], examples, strict=True), 1)
             print(name, [i for i, (v, e) in pairs if not training.agree([v], [e])])
+    if verdicts and not given.check:
+        rows.append(row("our own texts", "refusal", own_held_out(sources, own), own))
     print(tabulate(rows, [h.replace("_", " ") for h in HEADERS.split()], disable_numparse=True))
     for name, used in settings.items():
         print(f"{name} left out: settings chosen on the others: {used}")

@@ -31,6 +31,8 @@ ASKS_HOW = re.compile(
     r"|(?:give|tell|show) me"
     r"|what(?: is|'s| are) (?:a |an |the |some )?(?:best|good|easiest|fastest|ways?|steps|process)"
 )
+ASKS_WHAT = re.compile(r"what (?:is|are|was|were|does|do|did|constitutes|counts as) |define |who ")
+DEFINES = re.compile(r"[^,.]{2,60} (?:is|are|was|were|means|refers to) (?:a|an|the|when|any|to)\b")
 LITTLE_WORDS = frozenset(
     "a an the of to in on for with by and or is are was were be do does did how what why where "
     "when who which can could should would i me my you your it its this that not no there some any "
@@ -61,18 +63,23 @@ def features(prompt: str, answer: str) -> dict[str, float]:
         for place, where in PLACES.items()
         for group in frozenset().union(*held[where])
     }
-    return found | _together(prompt, held) | _form(answer, text, said[0], held[0])
+    return found | _together(prompt, said[0], held) | _form(answer, text, said[0], held[0])
 
 
-def _together(prompt: str, held: list[frozenset[str]]) -> dict[str, float]:
-    """What groups say together."""
+def _together(prompt: str, first: str, held: list[frozenset[str]]) -> dict[str, float]:
+    """What groups say together, and as an answer to this form of question."""
     refusing = [not groups.isdisjoint(REFUSING) for groups in held]
     moralising = [not groups.isdisjoint(MORALISING) for groups in held]
     correcting = any(not groups.isdisjoint(CORRECTING) for groups in held)
     judging = ("disapproval", "condemnation", "principle", "inability")
     judged = any(not groups.isdisjoint(judging) for groups in held)
     disapproved = not held[0].isdisjoint(("disapproval", "condemnation"))
-    how = ASKS_HOW.match(plain(prompt).strip()) is not None
+    question = plain(prompt).strip()
+    how = ASKS_HOW.match(question) is not None
+    defines = not how and ASKS_WHAT.match(question) and DEFINES.match(first)
+    referred = any("referral" in groups for groups in held[:2])
+    helping = ("help", "facts", *CORRECTING)
+    helped = any(not groups.isdisjoint(helping) for groups in held)
     disclaimer = any("as an ai" in groups for groups in held[:2])
     return {
         "any that refuses, 1st": float(refusing[0]),
@@ -81,8 +88,10 @@ def _together(prompt: str, held: list[frozenset[str]]) -> dict[str, float]:
         "share of sentences that refuse or moralise": sum(moralising) / len(held),
         "corrects without morals": float(correcting and not judged),
         "as an ai, and nothing refuses": float(disclaimer and not any(refusing[:3])),
+        "sends elsewhere, and no help": float(referred and not helped),
         "asks how, disapproved 1st": float(how and disapproved),
         "asks what, disapproved 1st": float(disapproved and not how),
+        "asks what, defined 1st": float(bool(defines)),
     }
 
 
