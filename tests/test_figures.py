@@ -212,7 +212,7 @@ def test_verdicts_can_be_told_apart_in_grey():
         assert abs(luminance(one) - luminance(two)) >= 0.15
     assert plots.VERDICT_STYLE["broken"][1]  # hatched, and by itself: on its own pale ground
     hatches = [hatch for _, hatch in plots.VERDICT_STYLE.values() if hatch]
-    assert len(set(hatches)) == len(hatches) == 4
+    assert len(set(hatches)) == len(hatches) == 6
     # a number in a hatched bar is dark, on a light ground
     assert all(luminance(c) > 0.6 for c, hatch in plots.VERDICT_STYLE.values() if hatch)
 
