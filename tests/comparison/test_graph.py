@@ -97,7 +97,7 @@ def test_a_place_is_the_name_and_ten_digits_of_a_digest(package, tmp_path):
         ({"a": {"seconds": 99.0}, "d": {"seconds": 0.1}}, set()),
         ({}, set()),
     ],
-    ids=str,
+    ids=["input a", "input b", "a None", "input d", "work", "need", "seconds", "nothing"],
 )
 def test_a_change_of_a_unit_moves_it_and_what_needs_it(package, change, expected):
     assert changed(graph.places(coded(), "x"), graph.places(coded(**change), "x")) == expected
