@@ -12,5 +12,7 @@
     sets.py           sets of weights too many to hold at once
     overlap.py        where the important and the kept weights are
 
-docs/method.md states each equation and names the function here that runs it.
+Outside: the loss (models/chat.py), adding up (models/deltas.py, models/patched.py), and what runs
+all of it in one call (api.py). [paper] marks what the paper prescribes; the rest is our choice.
+docs/method.md states each equation and names the function that runs it.
 """

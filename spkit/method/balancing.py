@@ -76,7 +76,7 @@ def balance(loss_at: Callable[[float], float], target: float) -> float:
 def unlearnt(losses: Losses, se: Mapping[str, Tensor], osm: Mapping[str, Tensor]):
     """(alpha, beta) -> the 5 % quantile of the losses at alpha * se + beta * osm, in nats.
 
-    Both are read once and kept as positions and values, which is little where little is kept.
+    Both are read once and held as positions and values: few weights are kept.
     """
     halves = {name: (SparseDelta.of(se[name]), SparseDelta.of(osm[name])) for name in se}
 
@@ -98,14 +98,14 @@ def parts(method: SafePatching) -> tuple[Mapping[str, Tensor], Mapping[str, Tens
 def balanced_alpha(
     losses: Losses, se: Mapping[str, Tensor], osm: Mapping[str, Tensor], target: float
 ) -> float:
-    """alpha for alpha * se + osm: both already thinned and, but for alpha, scaled."""
+    """alpha for alpha * se + osm: se at alpha = 1 and osm at its beta, as `parts` gives them."""
     return balance(unlearnt(losses, se, osm), target)
 
 
 def held_beta(at: Callable[[float, float], float], target: float) -> float:
     """The largest share of osm, from 0 to 1, with at(1, share) >= target, by 8 halvings.
 
-    0 where not even that much is unlearnt without any osm.
+    0 where no share that is tried reaches the target.
     """
     low, high = 0.0, 1.0
     for _ in range(HALVINGS):
@@ -128,6 +128,6 @@ def balanced(method: SafePatching, losses: Losses) -> SafePatching:
         return method
     at = unlearnt(losses, *parts(method))
     alpha = balance(at, target)
-    if alpha == HIGHEST:
+    if alpha == HIGHEST and at(HIGHEST) < target:
         return method.changed(alpha=1.0, beta=held_beta(at, target) * method.config.beta)
     return method.changed(alpha=alpha)

@@ -2,14 +2,13 @@
 
     theta_k = theta_{k-1} + deltas_k        deltas_k from the harmful pairs of stage k alone [paper]
 
-The loop takes any method and any way of adding. What it is run with (folders, patch files, answers
-after every stage) is in comparison/continual.py.
+The loop takes any method and any way of adding; comparison/continual.py runs it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-STAGE_SEEDS = 1000  # seed * 1000 + stage: another draw for each stage, none used twice
+STAGE_SEEDS = 1000  # seed * 1000 + stage: another draw for each stage of each seed
 
 Model = TypeVar("Model")  # a model in memory, or the folder of a checkpoint
 Data = TypeVar("Data")  # what a stage brings: its pairs, or the names of its categories

@@ -119,7 +119,7 @@ def _binned(score: Tensor) -> tuple[Tensor, np.ndarray]:
 
 
 def _floor(histogram: np.ndarray, rate: float) -> int:
-    """The bin from which upward about `rate` of all weights lie, at least one; never that of 0."""
+    """The bin from which upward about `rate` of all weights lie, at least one; not score 0's."""
     from_top = np.cumsum(histogram[::-1])
     wanted = max(1, int(rate * from_top[-1]))
     return max(1, len(histogram) - 1 - int(np.searchsorted(from_top, wanted)))

@@ -3,7 +3,7 @@
     P = B @ A * lora_alpha / r                       `Factors`: the patch of every matrix, low rank
     alpha * P_SE on K_SE + beta * P_OSM on K_OSM     `MergedPatch`: what is added in the end
 
-Neither holds a whole patch: the delta of one matrix is computed when it is asked for.
+Neither holds dense deltas: that of one matrix is computed when it is asked for.
 """
 
 from collections.abc import Callable, Iterable

@@ -1,15 +1,15 @@
 """Controllable patching: the method's set algebra and arithmetic, as pure functions on tensors.
 
     retention   m ~ Bernoulli(p) for every weight of a patch    retention_mask
-    selection   S = the top a % of the importances              top_rate_set, global_top_rate_sets
+    selection   S = the top share a of the importances          top_rate_set, top_rate_sets
     difference  R_SE and (S_SE \\ S_OSM), and with SE and OSM   difference_set, kept_set
                 exchanged
     strengths   alpha, beta, scaled                             norm_matched, rescaled
     merging     alpha * P_SE + beta * P_OSM on the kept sets    merged_delta
     patching    theta + merged delta, other weights copied      models/deltas.py: add_delta
 
-docs/method.md, sections 2 to 4, states each equation. safepatching.py calls these functions in this
-order for every weight matrix. A wrong argument is a ValueError. None holds more than a few copies
+docs/method.md, sections 2 to 4, states each equation. SafePatching (safepatching.py) calls these
+functions. A wrong argument is a ValueError. Only global_top_rate_sets holds more than a few copies
 of one matrix.
 """
 
@@ -55,17 +55,17 @@ def retention_slice(
     if start < 0 or count < 0:
         raise ValueError(f"start and count must not be negative; they are {start} and {count}")
     threshold = round(_fraction(rate) * 2**64)
-    kept = np.empty(count, dtype=bool)
+    retained = np.empty(count, dtype=bool)
     if threshold == 2**64:  # does not fit into 64 bits, and retains everything
-        kept[:] = True
-        return torch.from_numpy(kept)
+        retained[:] = True
+        return torch.from_numpy(retained)
     words = np.random.Philox(key=_retention_key(seed, patch, tensor))
     words.advance(start // PHILOX_WIDTH)  # counts steps of the counter, not words
     words.random_raw(start % PHILOX_WIDTH, output=False)
     for done in range(0, count, DRAWS_AT_ONCE):
         size = min(DRAWS_AT_ONCE, count - done)
-        kept[done : done + size] = words.random_raw(size) < np.uint64(threshold)
-    return torch.from_numpy(kept)
+        retained[done : done + size] = words.random_raw(size) < np.uint64(threshold)
+    return torch.from_numpy(retained)
 
 
 def _retention_key(seed: int, patch: str, tensor: str) -> int:

@@ -1,14 +1,14 @@
 """SafePatching: two patches and their importances in, one merged patch out [paper].
 
-    1  retained    R_SE, R_OSM      each patch keeps a random share p of its entries
-    2  important   S_SE, S_OSM      the top a % of SE's importances, the top b % of OSM's
-    3  kept        K_SE, K_OSM      R_SE and (S_SE \\ S_OSM), R_OSM and (S_OSM \\ S_SE)
-    4  strengths   alpha, beta      as they are set, or matched to the norm of the whole patch
-    5  deltas      alpha * P_SE on K_SE + beta * P_OSM on K_OSM
+    1  retained       R_SE, R_OSM   each patch keeps a random share p of its entries
+    2  important()    S_SE, S_OSM   the top share a of SE's importances, the top share b of OSM's
+    3  keep, kept()   K_SE, K_OSM   R_SE and (S_SE \\ S_OSM), R_OSM and (S_OSM \\ S_SE)
+    4  strengths()    alpha, beta   as they are set, or matched to the norm of the whole patch
+    5  deltas()       alpha * P_SE on K_SE + beta * P_OSM on K_OSM
 
-Each step is one method of the class, in this order, and calls the functions of patching.py that
-state its equation. An ablation is this class with one of the five replaced
-(comparison/ablations.py). Everything is computed one weight matrix at a time.
+Each step is one member of the class (`keep` is step 3 for one matrix) and calls the functions of
+patching.py that state its equation. An ablation is this class with one of them replaced
+(comparison/ablations.py). Sets are held one bit a weight, deltas one matrix at a time.
 """
 
 from collections.abc import Mapping
@@ -38,12 +38,12 @@ Sets = Mapping[str, Tensor]  # {tensor name: bool [out, in]}
 
 @dataclass(frozen=True)
 class SafePatching:
-    """The method, for one pair of patches, one setting and one seed.
+    """The method, for one pair of patches, one setting and one seed. All tensors are on the CPU.
 
     se, osm: the patch factors of ascent and of descent. importance: of SE and of OSM, for every
-    weight matrix: scores fp32 [out, in], or saved top-rate sets (BitSets of importance.py), which
-    were made with the top rates of `config` and hold for no others. seed: of the retention masks.
-    SpkitError where patches and importances do not belong together.
+    weight matrix: scores fp32 [out, in], or saved top-rate sets (importance.top_rate_bits), which
+    hold for the top rates of `config` alone. `config.balance` is not used here: balancing.balanced
+    finds alpha. SpkitError where patches and importances do not belong together.
     """
 
     se: Factors
@@ -109,7 +109,7 @@ class SafePatching:
         return kept_set(retained, own, other)
 
     def kept(self) -> tuple[Sets, Sets]:
-        """K_SE and K_OSM: the weights on which each patch keeps its delta. They are disjoint."""
+        """K_SE and K_OSM, where each patch keeps its delta; disjoint unless `keep` is replaced."""
         (r_se, r_osm), (s_se, s_osm) = self.retained, self.important()
         return (
             BitSets(Lazy(s_se, lambda name: self.keep(r_se[name], s_se[name], s_osm[name]))),

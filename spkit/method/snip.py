@@ -145,12 +145,12 @@ def _from_stored(decoder: nn.ModuleList, start: int, stored: Sequence) -> Iterat
     def stored_output(hidden, *args, **kwargs):
         value = next(left)
         whole = value if isinstance(value, tuple) else (value,)
-        leaf = whole[0].to(device).detach().requires_grad_(True)  # its gradient goes with it
+        leaf = whole[0].to(device).detach().requires_grad_(True)
         return (leaf, *whole[1:]) if isinstance(value, tuple) else leaf
 
     with ExitStack() as stack:
         for index, layer in enumerate(decoder[:start]):
-            own = layer.__dict__.get("forward")  # accelerate's hooks are there
+            own = layer.__dict__.get("forward")  # accelerate's hooks replace it there
             if own is None:
                 stack.callback(layer.__dict__.pop, "forward")
             else:
@@ -186,7 +186,7 @@ def _scoring(model: nn.Module, layers: Mapping[str, nn.Module], add) -> Iterator
 
     def watch(name: str):
         def hook(module, inputs, output):
-            if output.requires_grad:  # False in the first of the two passes of checkpointing
+            if output.requires_grad:  # the first pass of gradient checkpointing has none
                 x = inputs[0].detach()
                 output.register_hook(lambda g: add(name, x, g))
 

@@ -1,7 +1,7 @@
 """The training loop of every derivation: LoRA factors on a frozen backbone, step after step.
 
 It is our own and short, not a Trainer: ascent needs a clamp on every token's loss and a stop rule
-on the mean loss, and a student should see both in the order in which they happen (`Loop.run`).
+on the mean loss. Both are in derivation.py; `Loop.backward` and `Loop.run` call them.
 """
 
 import hashlib
@@ -50,7 +50,7 @@ class TrainingSet:
     """D_h as the loop reads it.
 
     encoded: (input ids, labels) of every pair, as chat.encode_pair gives them. fingerprint: names
-    the text without showing it. max_tokens: at which pairs were cut.
+    the text without showing it. max_tokens: longer pairs were cut.
     """
 
     encoded: list[tuple[list[int], list[int]]]
@@ -185,7 +185,7 @@ class Loop:
                     bar.update()
                     bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
                 keep(bool(self.reason))
-            bar.total = self.step  # it is finished, also where it stopped before the limit
+            bar.total = self.step  # 100 %, also where it stopped before the limit
             bar.set_postfix_str(f"loss={self.rows[-1]['loss']:.3f}, {self.reason}")
 
     def backward(self, indices: list[int]) -> float:
@@ -291,7 +291,7 @@ def _manifest(data: TrainingSet, task: Task, config: DerivationConfig, seed: int
 
 
 def _identity(manifest: dict, data: TrainingSet, task: Task, config, dtype: str) -> dict:
-    """All that decides a training's bits: another one does not resume from its checkpoint."""
+    """All that decides a training's bits: where any of it differs, it starts anew."""
     return {
         **manifest,
         "name": task.name,
