@@ -54,9 +54,9 @@ publish: $(READY)
 backbone: $(READY)
 	$(BIN)/python -m spkit.sandbox.ship $(PARAMS)
 
-# a file of tests stays in one process, whose fixtures it shares
+# a file of tests stays in one process, whose fixtures it shares; files with few tests can be long
 test: $(READY)
-	$(BIN)/python -m pytest --cov -n $(CORES) --dist loadfile
+	$(BIN)/python -m pytest --cov -n $(CORES) --dist loadfile --no-loadscope-reorder
 
 # what is found is kept in outputs/fuzz
 fuzz: $(READY)

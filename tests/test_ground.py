@@ -96,7 +96,8 @@ def test_make_has_its_targets_and_ci_calls_them():
 
 
 def test_walkthrough_takes_any_params_file():
-    command = ["make", "--dry-run", "walkthrough", "PARAMS=params/mine.yaml", "SEED=3", "RUN=mine"]
+    command = ["make", "--no-print-directory", "--dry-run", "walkthrough"]
+    command += ["PARAMS=params/mine.yaml", "SEED=3", "RUN=mine"]
     made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     words = made.replace("\\\n", " ").split()
     assert words[words.index("run") - 1].endswith("/spkit") and "params/mine.yaml" in words

@@ -32,6 +32,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from spkit.comparison import report
 from spkit.config import Config, load_params
 from spkit.evaluation.rates import COLUMNS
 from spkit.patchfile.apply import apply
@@ -82,7 +83,11 @@ def markdown(notebook):
 def figures(stage):
     """The names of the figures that a notebook saves."""
     source = "\n".join(cell.source for cell in code_cells(read(stage)))
-    return re.findall(r'(?:save_figure\(|show\(\s*run,)\s*"(\w+)"', source)
+    found = re.findall(r'(?:save_figure\(|show\(\s*run,)\s*"(\w+)"', source)
+    if stage == "05_comparison":  # it draws the sizes where the tables hold any but the usual one
+        sizes = report.read_tables(ROOT / "docs" / "experiment")["sizes"]
+        found = [f for f in found if f != "sizes" or report.current(sizes)["size"].nunique() > 1]
+    return found
 
 
 def unseen_figures(stage):
