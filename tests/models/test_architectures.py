@@ -7,16 +7,14 @@ full precision. The numbers mean nothing; the texts are the village's.
 """
 
 import json
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import one_kernel
 import pandas as pd
 import pytest
 import torch
-import yaml
+from nbclient.exceptions import CellExecutionError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -40,11 +38,6 @@ from spkit.sandbox import world
 from spkit.sandbox.tokenizer import vocabulary
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = os.environ | {
-    "PYTHONPATH": str(ROOT),
-    "HF_HUB_OFFLINE": "1",
-    "HF_DATASETS_OFFLINE": "1",
-}
 NOTEBOOKS = list(STAGES)[:-1]  # the comparison is the sandbox's
 CONTINUAL = ["drug_abuse,weapons,banned_substance", "financial_crime,property_crime,theft"]
 
@@ -233,16 +226,14 @@ def execute(case, root):
     )
     run = run_folder(config)
     run.mkdir(parents=True)
-    given = run / "params.yaml"
-    given.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    cells = []
     for stage in NOTEBOOKS:
-        command = [
-            *(sys.executable, "-m", "papermill", f"notebooks/{stage}.ipynb"),
-            *(run / f"{stage}.ipynb", "-k", "python3", "-f", given, "--no-progress-bar"),
-        ]
-        done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
-        if done.returncode:
-            return config, f"{stage}: {done.stderr[-3000:]}"
+        notebook = one_kernel.read(one_kernel.NOTEBOOKS / f"{stage}.ipynb")
+        cells += one_kernel.code(notebook, one_kernel.parameters(config))
+    try:
+        one_kernel.run(cells)
+    except CellExecutionError as error:
+        return config, str(error)[-3000:]
     return config, ""
 
 

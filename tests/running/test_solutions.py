@@ -1,33 +1,22 @@
 """The exercises' solutions: there is one for each exercise, it runs, and it answers in words.
 
-All of them run on one run folder of params/micro.yaml, whose numbers mean nothing, in one kernel:
-most of the time of a short notebook is its imports. Names are forgotten between two notebooks.
+All of them run on one run folder of params/micro.yaml, whose numbers mean nothing, in one kernel.
 """
 
-import os
 import re
-from pathlib import Path
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
+from one_kernel import FORGET, NOTEBOOKS, ROOT, code, parameters, read, run
 
 from spkit.config import load_params
 from spkit.running.runs import STAGES
 
-ROOT = Path(__file__).parents[2]
-NOTEBOOKS = ROOT / "notebooks"
 SOLUTIONS = sorted(path.stem for path in (NOTEBOOKS / "solutions").glob("*.ipynb"))
 MICRO = ROOT / "params" / "micro.yaml"
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 LONGEST_CELL = 20  # lines of code
-FORGET = "%reset -f"
 
 every_solution = pytest.mark.parametrize("stage", SOLUTIONS)
-
-
-def read(path):
-    return nbformat.read(path, as_version=4)
 
 
 def solution(stage):
@@ -52,34 +41,19 @@ def parts(notebook):
     return found
 
 
-def code(notebook, parameters):
-    """Copies of its code cells, behind a cell that forgets all names; other parameters."""
-    cells = [cell.copy() for cell in notebook.cells if cell.cell_type == "code"]
-    for cell in cells:
-        if "parameters" in cell.metadata.get("tags", []):
-            cell.source = parameters
-    return [nbformat.v4.new_code_cell(FORGET), *cells]
-
-
 @pytest.fixture(scope="session")
 def executed(tmp_path_factory):
     """{stage: its solution as it was executed}, after the notebooks themselves."""
     config = load_params(MICRO, {"outputs": str(tmp_path_factory.mktemp("run") / "outputs")})
-    values = "\n".join(f"{name} = {value!r}" for name, value in config.model_dump().items())
     needed = [stage for stage in STAGES if stage != "05_comparison" or stage in SOLUTIONS]
     cells = []
     for stage in needed:
-        cells += code(read(NOTEBOOKS / f"{stage}.ipynb"), f"{values}\noverrides = {{}}")
+        cells += code(read(NOTEBOOKS / f"{stage}.ipynb"), parameters(config))
     before = len(cells)
     overrides = {"outputs": config.outputs}
     for stage in SOLUTIONS:
         cells += code(solution(stage), f"params = {str(MICRO)!r}\noverrides = {overrides!r}")
-    whole = nbformat.v4.new_notebook(cells=cells)
-    folder = {"metadata": {"path": str(NOTEBOOKS / "solutions")}}
-    client = NotebookClient(
-        whole, kernel_name="python3", timeout=600, resources=folder, allow_errors=True
-    )
-    client.execute(env=ENVIRONMENT)
+    run(cells, NOTEBOOKS / "solutions", allow_errors=True)
     failed = [(errors(cell), cell.source) for cell in cells[:before] if errors(cell)]
     assert failed == []
     ran, stages = {}, iter(SOLUTIONS)
