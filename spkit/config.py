@@ -183,7 +183,7 @@ class DerivationConfig(Section):
         None, ge=1, description="pairs at once; null: the whole batch_size. Memory only"
     )
     checkpoint_steps: int | None = Field(
-        None, ge=1, description="a cut derivation goes on from every n-th step; null: never"
+        None, ge=1, description="an interrupted one resumes from every n-th step; null: never"
     )
     shared_init: bool = Field(
         True,

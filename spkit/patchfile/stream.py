@@ -7,7 +7,7 @@ untouched tensors are copied as bytes. Several threads work, each on another ten
 at a time; the disk syncs one while the next is made.
 
 What this file does not do: know the edits (apply.py, revert.py, verify.py), how a file is written
-(output.py), and what a killed run leaves and the next one goes on from (target.py).
+(output.py), and what a killed run leaves for the next one to resume from (target.py).
 """
 
 import json

@@ -4,7 +4,7 @@
     .tmp-<name>/spkit-journal.jsonl    what decides the result, then a line for each finished shard
     .tmp-old-<name>             what was there before, between the last two renames
 
-The next run with the same inputs goes on from the journal; one with others begins again.
+The next run with the same inputs resumes from the journal; one with others begins again.
 """
 
 import json

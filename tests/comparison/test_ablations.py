@@ -4,45 +4,32 @@ import itertools
 import math
 import weakref
 from dataclasses import replace
-from fractions import Fraction
 
 import pytest
 import torch
+from loops import (
+    SEED,
+    SHAPES,
+    config,
+    factors,
+    flat,
+    loop_delta,
+    loop_norm,
+    loop_retained,
+    loop_top,
+    scores,
+)
 
 from spkit.comparison import ablations
 from spkit.comparison.ablations import ABLATIONS, IN_NOTEBOOK_03, ablated, random_set
 from spkit.config import PatchingConfig
 from spkit.errors import SpkitError
 from spkit.method.patch import Factors
-from spkit.method.patching import retention_mask
 from spkit.method.safepatching import NAME as SAFEPATCHING
 from spkit.method.safepatching import SafePatching
 
-SHAPES = {"model.layers.0.q_proj.weight": (4, 6), "model.layers.1.up_proj.weight": (3, 7)}
-SEED = 5
 NO_RETENTION, NO_RETENTION_SCALED = "without retention (same α)", "without retention (α·p)"
 NO_SUBTRACTION, RANDOM_SETS = "no subtraction", "random sets"
-
-
-def config(**changes):
-    values = dict(retention_rate=0.6, top_rate_se=0.5, top_rate_osm=0.4, alpha=3.0, beta=2.0)
-    return PatchingConfig(**{"scale": "plain"} | values | changes)
-
-
-def factors(seed):
-    """Small whole numbers, so that products and sums are exact."""
-    generator = torch.Generator().manual_seed(seed)
-    whole = lambda *shape: torch.randint(-4, 5, shape, generator=generator).float()  # noqa: E731
-    return {name: (whole(2, cols), whole(rows, 2)) for name, (rows, cols) in SHAPES.items()}
-
-
-def scores(seed):
-    """Whole numbers again, so that there are ties; larger ones in the second matrix."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.randint(low, low + 9, shape, generator=generator).float()
-        for low, (name, shape) in zip((0, 4), SHAPES.items(), strict=True)
-    }
 
 
 def safepatching(**changes):
@@ -50,43 +37,7 @@ def safepatching(**changes):
     return SafePatching(se, osm, (scores(3), scores(4)), config(**changes), SEED)
 
 
-# ---- the same in plain loops: a patch is {(tensor, row, column): value}
-
-
-def flat(matrices):
-    return {
-        (name, i, j): value
-        for name, matrix in matrices.items()
-        for i, row in enumerate(matrix.tolist())
-        for j, value in enumerate(row)
-    }
-
-
-def loop_delta(patch):
-    delta = {}
-    for name, (a, b) in patch.factors.items():
-        a, b = a.tolist(), b.tolist()
-        for i, j in itertools.product(range(len(b)), range(len(a[0]))):
-            delta[name, i, j] = patch.scaling * sum(b[i][k] * a[k][j] for k in range(len(a)))
-    return delta
-
-
-def loop_top(score, rate, retained, setting):
-    """The best of each matrix, or of all; equal scores in the matrices' order, row by row."""
-    groups = [[at for at in score if at[0] == name] for name in SHAPES]
-    if setting.scope == "global":
-        groups = [sum(groups, [])]
-    top = set()
-    for group in groups:
-        if setting.order == "rank_retained":
-            group = [at for at in group if at in retained]
-        ranked = sorted(group, key=lambda at: -score[at])  # stable
-        top |= set(ranked[: math.floor(Fraction(str(rate)) * len(group))])
-    return top
-
-
-def loop_norm(delta, keep=None):
-    return math.sqrt(sum(value**2 for at, value in delta.items() if keep is None or at in keep))
+# ---- the same in plain loops (loops.py)
 
 
 # SafePatching with one parameter changed: what it is to be the same as
@@ -111,17 +62,7 @@ def loop_kept(variant, both):
     whole = {"SE only": "s", "OSM only": "o", "plain sum": "so"}
     if variant in whole:
         return tuple(everything if letter in whole[variant] else set() for letter in "so")
-    retained = [
-        {
-            at
-            for name, shape in SHAPES.items()
-            for at, kept in flat(
-                {name: retention_mask(shape, 0.6, seed=5, patch=patch, tensor=name)}
-            ).items()
-            if kept
-        }
-        for patch in ("se", "osm")
-    ]
+    retained = [loop_retained("se"), loop_retained("osm")]
     if "without retention" in variant:
         retained = [everything, everything]
     top_se = loop_top(score[0], setting.top_rate_se, retained[0], setting)

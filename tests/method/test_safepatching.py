@@ -1,15 +1,24 @@
 """SafePatching, step by step, against a computation in plain loops and values by hand."""
 
 import itertools
-import math
-from fractions import Fraction
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
+from loops import (
+    SEED,
+    SHAPES,
+    config,
+    factors,
+    flat,
+    loop_delta,
+    loop_norm,
+    loop_retained,
+    loop_top,
+    scores,
+)
 
-from spkit.config import PatchingConfig
 from spkit.errors import SpkitError
 from spkit.method import patching
 from spkit.method.patch import Factors
@@ -17,30 +26,6 @@ from spkit.method.patching import rate_count, retention_mask, top_rate_set
 from spkit.method.safepatching import SafePatching, kept_norm
 from spkit.method.sets import BitSets
 from spkit.models.deltas import add_delta
-
-SHAPES = {"model.layers.0.q_proj.weight": (4, 6), "model.layers.1.up_proj.weight": (3, 7)}
-SEED = 5
-
-
-def config(**changes):
-    values = dict(retention_rate=0.6, top_rate_se=0.5, top_rate_osm=0.4, alpha=3.0, beta=2.0)
-    return PatchingConfig(**{"scale": "plain"} | values | changes)
-
-
-def factors(seed, shapes=SHAPES):
-    """Small whole numbers, so that products and sums are exact."""
-    generator = torch.Generator().manual_seed(seed)
-    whole = lambda *shape: torch.randint(-4, 5, shape, generator=generator).float()  # noqa: E731
-    return {name: (whole(2, cols), whole(rows, 2)) for name, (rows, cols) in shapes.items()}
-
-
-def scores(seed):
-    """Whole numbers again, so that there are ties; larger ones in the second matrix."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.randint(low, low + 9, shape, generator=generator).float()
-        for low, (name, shape) in zip((0, 4), SHAPES.items(), strict=True)
-    }
 
 
 def method(seed=SEED, importance=None, **changes):
@@ -56,51 +41,7 @@ def mask(text):
     return torch.tensor([[letter == "1" for letter in text]])
 
 
-# ---- the same in plain loops: a patch is {(tensor, row, column): value}
-
-
-def flat(matrices):
-    return {
-        (name, i, j): value
-        for name, matrix in matrices.items()
-        for i, row in enumerate(matrix.tolist())
-        for j, value in enumerate(row)
-    }
-
-
-def loop_delta(patch):
-    delta = {}
-    for name, (a, b) in patch.factors.items():
-        a, b = a.tolist(), b.tolist()
-        for i, j in itertools.product(range(len(b)), range(len(a[0]))):
-            delta[name, i, j] = patch.scaling * sum(b[i][k] * a[k][j] for k in range(len(a)))
-    return delta
-
-
-def loop_retained(patch):
-    drawn = {
-        name: retention_mask(shape, 0.6, seed=SEED, patch=patch, tensor=name)
-        for name, shape in SHAPES.items()
-    }
-    return {at for at, kept in flat(drawn).items() if kept}
-
-
-def loop_top(score, rate, retained, setting):
-    """The best of each matrix, or of all; equal scores in the matrices' order, row by row."""
-    groups = [[at for at in score if at[0] == name] for name in SHAPES]
-    if setting.scope == "global":
-        groups = [sum(groups, [])]
-    top = set()
-    for group in groups:
-        if setting.order == "rank_retained":
-            group = [at for at in group if at in retained]
-        ranked = sorted(group, key=lambda at: -score[at])  # stable
-        top |= set(ranked[: math.floor(Fraction(str(rate)) * len(group))])
-    return top
-
-
-def loop_norm(delta, keep=None):
-    return math.sqrt(sum(value**2 for at, value in delta.items() if keep is None or at in keep))
+# ---- the same in plain loops (loops.py)
 
 
 def loop_kept(both):
