@@ -32,8 +32,7 @@ READY := $(VENV)/.spkit-installed
 .PHONY: docs solutions walkthrough seeds experiment report publish backbone test fuzz lint lab clean distclean
 
 walkthrough: $(READY)
-	$(BIN)/spkit run $(PARAMS) --cores $(CORES) \
-	  $(if $(SEED),--seed $(SEED)) $(if $(RUN),--run-name $(RUN))
+	$(BIN)/spkit run $(PARAMS) --cores $(CORES)$(if $(SEED), --seed $(SEED))$(if $(RUN), --run-name $(RUN))
 
 seeds: $(READY)
 	$(BIN)/spkit seeds $(PARAMS) $(SEEDS) --cores $(CORES) $(if $(RUN),--run-name $(RUN))

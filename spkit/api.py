@@ -8,6 +8,7 @@
 The notebooks take the same steps one by one, keep what each leaves, and measure.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -54,7 +55,8 @@ def safepatch(
     """
     config = config if isinstance(config, Config) else Config.from_sources({}, config)
     pairs = [_pair(number, pair) for number, pair in enumerate(pairs)]
-    with _torch_threads(threads):
+    with _torch_threads(threads), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         data = TrainingSet.of(tokenizer, pairs, config.data.max_tokens)
         how = "nf4" if any(is_4bit(layer) for layer in model.modules()) else "none"
         derivation = config.derivation.model_copy(update={"quantization": how})

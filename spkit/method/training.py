@@ -37,6 +37,7 @@ from spkit.models.chat import (
 from spkit.models.weights import target_weights
 from spkit.system import resume
 from spkit.system.out_of_memory import explained
+from spkit.system.progress import complete
 
 OVERFLOWS_IN_A_ROW = 20  # each halves the scale of the loss, from 65536 to less than 1
 _ADVICE = "lower its learning_rate or max_grad_norm, or check the backbone's dtype."
@@ -185,8 +186,7 @@ class Loop:
                     bar.update()
                     bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
                 keep(bool(self.reason))
-            bar.total = self.step  # 100 %, also where it stopped before the limit
-            bar.set_postfix_str(f"loss={self.rows[-1]['loss']:.3f}, {self.reason}")
+            complete(bar, f"loss={self.rows[-1]['loss']:.3f}, {self.reason}")
 
     def backward(self, indices: list[int]) -> float:
         """Add up the gradient of one batch, `at_once` pairs at a time; its mean loss in nats."""

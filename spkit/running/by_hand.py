@@ -18,6 +18,7 @@ from spkit.method.sets import Lazy
 from spkit.models.chat import encode_prompt
 from spkit.models.deltas import SparseDelta
 from spkit.models.patched import patched
+from spkit.running.display import table
 from spkit.sandbox.judge import judge
 
 # what one wants to see change: (group, the base's verdict)
@@ -92,7 +93,7 @@ class ByHand:
         def show(alpha: float, beta: float) -> None:
             from IPython.display import display
 
-            display(self.answers(alpha, beta)[["prompt", "answer", "verdict"]])
+            display(table(self.answers(alpha, beta)[["prompt", "answer", "verdict"]]))
 
         config = self.method.config
         return interactive(

@@ -19,6 +19,7 @@ CARD = (247, 249, 251)  # what white becomes: a soft sheet in both themes
 MARGIN, ROUND = 18, 22  # dots around the figure, and of the card's corners
 HASH = re.compile(r"[0-9a-f]{40,}")
 HASH_DIGITS = 12
+INTERVAL = re.compile(r"\d \[")  # as in "31.1 [24.1, 38.4]"
 
 
 def show(run, name: str, figure, alt: str) -> Image:
@@ -64,12 +65,12 @@ def table(frame: pd.DataFrame, digits: int = 1, if_empty: str = "Nothing to show
     style = short.style.set_uuid(f"{zlib.crc32(short.to_csv().encode()):08x}")
     look = {"precision": digits, "thousands": ",", "na_rep": "–", "escape": "html"}
     style = style.format(**look).format_index(**look, axis=0).format_index(**look, axis=1)
-    if texts:
-        style = style.set_properties(subset=texts, **{"text-align": "left"})
-    heads = {
-        name: [{"selector": "th", "props": f"text-align: {'left' if name in texts else 'right'}"}]
-        for name in short
-    }
+    heads = {}
+    for name in short:
+        props = "text-align: left" if name in texts else "text-align: right"
+        if short[name].astype(str).str.contains(INTERVAL).any():
+            props += "; white-space: nowrap"  # an interval is not to break in the middle
+        heads[name] = [{"selector": tag, "props": props} for tag in ("th", "td")]
     rows = [{"selector": "th.row_heading, th.index_name", "props": "text-align: left"}]
     style = style.set_table_styles(heads).set_table_styles(rows, overwrite=False)
     if numbered:

@@ -477,7 +477,7 @@ def verdict(table: pd.DataFrame, here: dict[str, float], config: Config) -> str:
     if short:
         return "\n".join(short)
     most = ", ".join(f"{table.loc[PEAK, c]:.1f} of {here[c]:.1f} {c}" for c in here)
-    return f"fits: at most {most} are needed, predicted"
+    return f"fits: about {most} are needed, predicted"
 
 
 def _advice(lower: list[str], config: Config) -> str:

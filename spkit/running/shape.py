@@ -18,6 +18,8 @@ from spkit.models.weights import decoder_layers
 from spkit.sandbox.tokenizer import build_tokenizer
 from spkit.sandbox.train import build_model
 
+PLACEHOLDER = "your-name/your-model"  # in params/template.yaml
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -77,6 +79,8 @@ def shape_of(config: Config) -> Shape:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     source, revision = config.backbone.source, config.backbone.revision
+    if source == PLACEHOLDER:
+        raise SpkitError(f"backbone.source is {source!r}, the template's: name your own model.")
     try:
         found = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         with torch.device("meta"):

@@ -31,7 +31,8 @@ PLUMBING = frozenset(
         ),
         *("running.runs", "running.seeds", "running.shape", "running.summary"),
         *("system.files", "system.machine", "system.made_from", "system.out_of_memory"),
-        *("system.store", "comparison.graph", "comparison.plan", "comparison.budget"),
+        *("system.progress", "system.store"),
+        *("comparison.graph", "comparison.plan", "comparison.budget"),
         "comparison.run",
     )
 )

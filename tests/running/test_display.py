@@ -60,11 +60,19 @@ def test_text_is_left_numbers_are_right_and_hashes_are_short():
     assert ">1.3<" in html and ">–<" in html
     left = "".join(re.findall(r"([^{}]*)\{[^{}]*text-align: left", html))
     right = "".join(re.findall(r"([^{}]*)\{[^{}]*text-align: right", html))
-    assert {"row0_col0", "row1_col1"} <= set(re.findall(r"row\d_col\d", left))
-    assert "col2" in right and "col2" not in left
+    cells = {f"{tag}.col{column}" for tag in ("th", "td") for column in (0, 1)}
+    assert cells <= set(re.findall(r"t[dh]\.col\d", left))
+    assert "th.col2" in right and "td.col2" in right and "col2" not in left
     again = table(frame.copy())  # the same bytes each time, as plain text, too
     assert (again._repr_html_(), repr(again)) == (html, repr(table(frame)))
     assert "0123456789ab" in repr(again) and "1.3" in repr(again) and "0x" not in repr(again)
+
+
+def test_an_interval_does_not_break():
+    frame = pd.DataFrame({"rate": ["31.1 [24.1, 38.4]"], "text": ["a [b]"]})
+    html = table(frame)._repr_html_()
+    whole = "".join(re.findall(r"([^{}]*)\{[^{}]*white-space: nowrap", html))
+    assert "td.col0" in whole and "col1" not in whole
 
 
 def test_what_a_model_says_is_text_and_no_markup():

@@ -170,3 +170,9 @@ def test_the_benchmark_measures_a_tiny_backbone(tmp_path, monkeypatch):
     table = pd.read_csv(out)
     assert table["stage"].tolist() == ["load", "patching"]
     assert (table["measured GiB"] > 0).all() and (table["predicted GiB"] > 0).all()
+
+
+def test_the_template_s_placeholder_is_not_looked_for_on_the_hub():
+    config = load_params(ROOT / "params" / "template.yaml")
+    with pytest.raises(SpkitError, match="backbone.source is 'your-name/your-model', the template"):
+        shape_of(config)
