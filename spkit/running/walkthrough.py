@@ -98,6 +98,7 @@ class Planned:
         self.seconds = {stage: _expected(config, stage) for stage in self.todo}
         self.began: dict[str, float] = {}  # by time.monotonic, in the order in which they began
         self.done: list[str] = []
+        self.took: dict[str, float] = {}  # seconds of those that are done
 
     def opening(self, params: str, together: int) -> str:
         """One line: what runs, and for how long; together as in `left`."""
@@ -122,13 +123,19 @@ class Planned:
             if self.seconds[stage] is None:
                 return ""
             passed = time.monotonic() - self.began.get(stage, time.monotonic())
-            rest[stage] = max(1.0, self.seconds[stage] - passed)
+            rest[stage] = max(1.0, self.pace() * self.seconds[stage] - passed)
         longest: dict[str, float] = {}  # until it is done, where nothing waits for a core
         for stage, seconds in rest.items():
             before = [longest[need] for need in STAGES[stage].needs if need in longest]
             longest[stage] = seconds + max(before, default=0.0)
         whole = max(max(longest.values(), default=0.0), sum(rest.values()) / together)
         return f"about {duration(whole)} left" if rest else ""
+
+    def pace(self) -> float:
+        """How much longer the notebooks that are done have taken than was expected; 1 before."""
+        known = [stage for stage in self.took if self.seconds[stage]]
+        expected = sum(self.seconds[stage] for stage in known)
+        return sum(self.took[stage] for stage in known) / expected if expected else 1.0
 
 
 def duration(seconds: float) -> str:
@@ -260,7 +267,8 @@ def _watch(child: subprocess.Popen, planned: Planned, together: int) -> None:
             for stage in planned.began:
                 if stage not in planned.done and planned.stamps[stage].exists():
                     planned.done.append(stage)
-                    parts = [f"{time.monotonic() - planned.began[stage]:.0f} s"]
+                    planned.took[stage] = time.monotonic() - planned.began[stage]
+                    parts = [f"{planned.took[stage]:.0f} s"]
                     parts += [left] if (left := planned.left(together)) else []
                     console.print(f"{planned.title(stage)}: {', '.join(parts)}")
             status.update(planned.left(together) or "running")

@@ -124,6 +124,14 @@ def test_the_time_left_by_hand():
     assert planned.left(2) == ""
 
 
+def test_the_time_left_learns_from_the_notebooks_that_are_done():
+    """00 took 20 s instead of 10, so the other 182 s are expected to take 364."""
+    planned = Planned(Config())
+    planned.done, planned.took = [BACKBONE], {BACKBONE: 20.0}
+    assert planned.pace() == 2.0
+    assert planned.left(1) == "about 6 min left"
+
+
 def test_durations():
     assert [duration(x) for x in (0, 7, 88, 100, 3600, 9000)] == [
         *("5 s", "5 s", "90 s", "2 min", "60 min", "2.5 h")
