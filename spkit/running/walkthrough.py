@@ -132,10 +132,11 @@ class Planned:
         return f"about {duration(whole)} left" if rest else ""
 
     def pace(self) -> float:
-        """How much longer the notebooks that are done have taken than was expected; 1 before."""
+        """How much longer the notebooks that are done have taken than expected, 1 at least."""
         known = [stage for stage in self.took if self.seconds[stage]]
         expected = sum(self.seconds[stage] for stage in known)
-        return sum(self.took[stage] for stage in known) / expected if expected else 1.0
+        took = sum(self.took[stage] for stage in known)
+        return max(1.0, took / expected) if expected else 1.0
 
 
 def duration(seconds: float) -> str:
