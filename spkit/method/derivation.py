@@ -57,7 +57,7 @@ def derive(
     """One patch and its loss curve.
 
     model: a bare backbone, dense or NF4; it is wrapped while we train and given back bare.
-    direction: "ascent" or "descent". checkpoints: where a cut derivation resumes.
+    direction: "ascent" or "descent". seed: of A, dropout and the batches. checkpoints: to resume.
     The curve's columns: patch, step, loss [nats, unclamped mean over the answer tokens], grad_norm,
     stop. SpkitError for another direction, an empty D_h, and a loss or gradient that is not finite.
     """
