@@ -7,7 +7,9 @@ from fractions import Fraction
 import torch
 
 from spkit.config import PatchingConfig
+from spkit.method.patch import Factors
 from spkit.method.patching import retention_mask
+from spkit.method.safepatching import SafePatching
 
 SHAPES = {"model.layers.0.q_proj.weight": (4, 6), "model.layers.1.up_proj.weight": (3, 7)}
 SEED = 5
@@ -79,3 +81,37 @@ def loop_top(score, rate, retained, setting):
 
 def loop_norm(delta, keep=None):
     return math.sqrt(sum(value**2 for at, value in delta.items() if keep is None or at in keep))
+
+
+# ---- patches for values by hand
+
+
+def row(*values):
+    return torch.tensor([[float(value) for value in values]])
+
+
+def five_long(**changes):
+    """|P_SE| = 5, of which SE keeps the 4 (norm 4); |P_OSM| = 13, of which OSM keeps nothing."""
+    one = torch.ones(1, 1)
+    return SafePatching(
+        Factors("se", {"a": (row(3, 0), one), "b": (row(4, 0), one)}, 1.0),
+        Factors("osm", {"a": (row(5, 12), one), "b": (row(0, 0), one)}, 1.0),
+        (
+            {"a": row(1, 2), "b": row(2, 1)},  # S_SE: 1 of a, 0 of b
+            {"a": row(1, 2), "b": row(1, 2)},  # S_OSM: 1 of a, 1 of b
+        ),
+        config(retention_rate=1.0, top_rate_se=0.5, top_rate_osm=0.5, **changes),
+        seed=0,
+    )
+
+
+def four_weights():
+    """One row of four weights, everything retained: S_SE = {0, 1}, S_OSM = {1, 2}."""
+    one = torch.ones(1, 1)
+    return SafePatching(
+        Factors("se", {"w": (row(1, 2, 3, 4), one)}, 1.0),
+        Factors("osm", {"w": (row(10, 20, 30, 40), one)}, 1.0),
+        ({"w": row(4, 3, 2, 1)}, {"w": row(1, 4, 3, 2)}),
+        config(retention_rate=1.0, top_rate_se=0.5, top_rate_osm=0.5, alpha=2.0, beta=3.0),
+        seed=0,
+    )

@@ -75,3 +75,23 @@ def contents(folder: Path) -> dict[str, bytes]:
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """Its bytes, so that -0.0 and 0.0 differ."""
     return tensor.contiguous().view(torch.uint8)
+
+
+def odd(folder: Path) -> tuple[bytes, bytes]:
+    """A checkpoint with an odd header; returns what stands before and behind the data of "w".
+
+    Another order of keys, metadata, padding, integers, an empty tensor, and data that follow
+    another order than the keys. "w" is [[1, 2], [3, -0]] in float16.
+    """
+    folder.mkdir()
+    about = {
+        "ids": {"dtype": "I64", "shape": [2], "data_offsets": [8, 24]},
+        "__metadata__": {"format": "pt", "note": "é"},
+        "nothing": {"dtype": "F32", "shape": [0], "data_offsets": [8, 8]},
+        "w": {"dtype": "F16", "shape": [2, 2], "data_offsets": [0, 8]},
+    }
+    text = json.dumps(about, indent=3).encode() + b"      "
+    before, behind = len(text).to_bytes(8, "little") + text, bytes(range(16))
+    weight = torch.tensor([[1.0, 2.0], [3.0, -0.0]], dtype=torch.float16)
+    (folder / SINGLE).write_bytes(before + weight.numpy().tobytes() + behind)
+    return before, behind

@@ -1,6 +1,9 @@
 """Whether a figure can be read: what both test files of figures check."""
 
+import inspect
 from itertools import combinations
+
+from matplotlib.figure import Figure
 
 
 def texts(figure):
@@ -32,3 +35,12 @@ def check_readable(figure, path):
         across = min(a.x1, b.x1) - max(a.x0, b.x0)
         upward = min(a.y1, b.y1) - max(a.y0, b.y0)
         assert across < 1 or upward < 1, (one, two)
+
+
+def public_figures(module):
+    """The names of its functions that give a figure."""
+    return {
+        name
+        for name, function in inspect.getmembers(module, inspect.isfunction)
+        if not name.startswith("_") and inspect.signature(function).return_annotation is Figure
+    }

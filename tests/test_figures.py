@@ -3,7 +3,6 @@
 The numbers are read back from the drawn bars, markers and cells, not from pixels.
 """
 
-import inspect
 from itertools import combinations
 
 import matplotlib as mpl
@@ -14,8 +13,7 @@ import pytest
 import torch
 from matplotlib.colors import to_rgb
 from matplotlib.container import ErrorbarContainer
-from matplotlib.figure import Figure
-from readable import check_readable
+from readable import check_readable, public_figures
 
 from spkit import figures as plots
 from spkit.comparison.ablations import IN_NOTEBOOK_03
@@ -167,11 +165,7 @@ FIGURES = {
 
 
 def test_every_figure_is_here():
-    public = {
-        name
-        for name, function in inspect.getmembers(plots, inspect.isfunction)
-        if not name.startswith("_") and inspect.signature(function).return_annotation is Figure
-    }
+    public = public_figures(plots)
     assert {name.partition(",")[0] for name in FIGURES} == public
     assert len(public) == 11
 

@@ -24,7 +24,6 @@ from blake3 import blake3
 BLOCK = 1 << 21  # weights
 GROUP = 64  # values that share one scale in 8 bits
 LEVEL = 1  # higher levels look for repetitions, and there are none: measured, they are no smaller
-ENCODINGS = ("gaps", "bitmap")
 ESCAPE = 255
 MAX_WINDOW = 1 << 25  # bytes a decoder may be told to hold
 EMPTY = bytes.fromhex("28b52ffd2000010000")  # the one frame that may hold nothing

@@ -12,7 +12,9 @@ from loops import (
     SHAPES,
     config,
     factors,
+    five_long,
     flat,
+    four_weights,
     loop_delta,
     loop_norm,
     loop_retained,
@@ -145,15 +147,7 @@ def test_the_settings_above_are_not_the_same_in_disguise():
 
 def test_all_variants_by_hand():
     """One row of four weights, everything retained: S_SE = {0, 1}, S_OSM = {1, 2}."""
-    row = lambda *values: torch.tensor([[float(value) for value in values]])  # noqa: E731
-    one = torch.ones(1, 1)
-    both = SafePatching(
-        Factors("se", {"w": (row(1, 2, 3, 4), one)}, 1.0),
-        Factors("osm", {"w": (row(10, 20, 30, 40), one)}, 1.0),
-        ({"w": row(4, 3, 2, 1)}, {"w": row(1, 4, 3, 2)}),
-        config(retention_rate=1.0, top_rate_se=0.5, top_rate_osm=0.5, alpha=2.0, beta=3.0),
-        seed=0,
-    )
+    both = four_weights()
     patched = [2, 0, 90, 0]
     assert {name: deltas["w"].tolist()[0] for name, deltas in ablations.ablations(both)} == {
         "SE only": [1, 2, 3, 4],
@@ -306,22 +300,6 @@ def test_the_two_rows_without_retention():
         (0, 1),
         (1, 1),
     ]
-
-
-def five_long(**changes):
-    """|P_SE| = 5, of which SE keeps the 4 (norm 4); |P_OSM| = 13, of which OSM keeps nothing."""
-    row = lambda *values: torch.tensor([[float(value) for value in values]])  # noqa: E731
-    one = torch.ones(1, 1)
-    return SafePatching(
-        Factors("se", {"a": (row(3, 0), one), "b": (row(4, 0), one)}, 1.0),
-        Factors("osm", {"a": (row(5, 12), one), "b": (row(0, 0), one)}, 1.0),
-        (
-            {"a": row(1, 2), "b": row(2, 1)},  # S_SE: 1 of a, 0 of b
-            {"a": row(1, 2), "b": row(1, 2)},  # S_OSM: 1 of a, 1 of b
-        ),
-        config(retention_rate=1.0, top_rate_se=0.5, top_rate_osm=0.5, **changes),
-        seed=0,
-    )
 
 
 def test_norm_matched_strengths_by_hand():

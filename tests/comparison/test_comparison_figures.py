@@ -3,7 +3,6 @@
 The numbers are read back from the drawn markers, whiskers and cells, not from pixels.
 """
 
-import inspect
 from itertools import product
 
 import matplotlib as mpl
@@ -12,8 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.container import ErrorbarContainer
-from matplotlib.figure import Figure
-from readable import check_readable
+from readable import check_readable, public_figures
 
 from spkit.comparison import figures as plots
 from spkit.comparison.tables import METRICS
@@ -165,11 +163,7 @@ FIGURES = {
 
 
 def test_every_figure_is_here():
-    public = {
-        name
-        for name, function in inspect.getmembers(plots, inspect.isfunction)
-        if not name.startswith("_") and inspect.signature(function).return_annotation is Figure
-    }
+    public = public_figures(plots)
     assert {name.partition(",")[0] for name in FIGURES} == public
     assert len(public) == 11
 

@@ -11,11 +11,14 @@ from loops import (
     SHAPES,
     config,
     factors,
+    five_long,
     flat,
+    four_weights,
     loop_delta,
     loop_norm,
     loop_retained,
     loop_top,
+    row,
     scores,
 )
 
@@ -31,10 +34,6 @@ from spkit.models.deltas import add_delta
 def method(seed=SEED, importance=None, **changes):
     se, osm = Factors("se", factors(1), 0.5), Factors("osm", factors(2), 2.0)
     return SafePatching(se, osm, importance or (scores(3), scores(4)), config(**changes), seed)
-
-
-def row(*values):
-    return torch.tensor([[float(value) for value in values]])
 
 
 def mask(text):
@@ -118,14 +117,7 @@ def test_the_settings_above_are_not_the_same_in_disguise():
 
 def test_one_row_of_four_weights():
     """Everything retained: S_SE = {0, 1}, S_OSM = {1, 2}; 1 matters to both and stays."""
-    one = torch.ones(1, 1)
-    both = SafePatching(
-        Factors("se", {"w": (row(1, 2, 3, 4), one)}, 1.0),
-        Factors("osm", {"w": (row(10, 20, 30, 40), one)}, 1.0),
-        ({"w": row(4, 3, 2, 1)}, {"w": row(1, 4, 3, 2)}),
-        config(retention_rate=1.0, top_rate_se=0.5, top_rate_osm=0.5, alpha=2.0, beta=3.0),
-        seed=0,
-    )
+    both = four_weights()
     assert [s["w"].tolist() for s in both.important()] == [
         mask("1100").tolist(),
         mask("0110").tolist(),
@@ -280,21 +272,6 @@ def test_changed_leaves_the_rest_as_it_was():
 def test_plain_and_rescaled_strengths():
     assert method(retention_rate=0.25).strengths() == (3.0, 2.0)
     assert method(retention_rate=0.25, rescale=True).strengths() == (12.0, 8.0)
-
-
-def five_long(**changes):
-    """|P_SE| = 5, of which SE keeps the 4 (norm 4); |P_OSM| = 13, of which OSM keeps nothing."""
-    one = torch.ones(1, 1)
-    return SafePatching(
-        Factors("se", {"a": (row(3, 0), one), "b": (row(4, 0), one)}, 1.0),
-        Factors("osm", {"a": (row(5, 12), one), "b": (row(0, 0), one)}, 1.0),
-        (
-            {"a": row(1, 2), "b": row(2, 1)},  # S_SE: 1 of a, 0 of b
-            {"a": row(1, 2), "b": row(1, 2)},  # S_OSM: 1 of a, 1 of b
-        ),
-        config(retention_rate=1.0, top_rate_se=0.5, top_rate_osm=0.5, **changes),
-        seed=0,
-    )
 
 
 def test_norm_matched_strengths_by_hand():

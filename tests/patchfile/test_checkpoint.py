@@ -4,6 +4,7 @@ import fnmatch
 import json
 import weakref
 
+import plain
 import pytest
 import tiny
 import torch
@@ -147,22 +148,12 @@ def test_odd_headers_are_copied_as_they_are(tmp_path):
     Integer tensors that no delta is for are no hindrance.
     """
     source = tmp_path / "source"
-    source.mkdir()
-    about = {
-        "ids": {"dtype": "I64", "shape": [2], "data_offsets": [8, 24]},
-        "__metadata__": {"format": "pt", "note": "é"},
-        "nothing": {"dtype": "F32", "shape": [0], "data_offsets": [8, 8]},
-        "w": {"dtype": "F16", "shape": [2, 2], "data_offsets": [0, 8]},
-    }
-    text = json.dumps(about, indent=3).encode() + b"      "
-    weight = torch.tensor([[1.0, 2.0], [3.0, -0.0]], dtype=torch.float16)
-    data = weight.numpy().tobytes() + bytes(range(16))
-    (source / SINGLE).write_bytes(len(text).to_bytes(8, "little") + text + data)
+    before, behind = plain.odd(source)
     delta = torch.tensor([[0.5, 0.0], [0.0, 0.0]])
     done = written(source, {"w": delta}, tmp_path / "made")
     expected = torch.tensor([[1.5, 2.0], [3.0, -0.0]], dtype=torch.float16).numpy().tobytes()
     made = (tmp_path / "made" / SINGLE).read_bytes()
-    assert made == len(text).to_bytes(8, "little") + text + expected + bytes(range(16))
+    assert made == before + expected + behind
     assert done.count == 0
 
 

@@ -408,23 +408,13 @@ def test_links_are_followed_and_not_copied(backbone, patch, tmp_path):
 def test_tensors_that_no_patch_can_touch_are_copied(tmp_path):
     """Integers, an empty tensor, metadata, and data in another order than the keys."""
     source = tmp_path / "source"
-    source.mkdir()
-    about = {
-        "ids": {"dtype": "I64", "shape": [2], "data_offsets": [8, 24]},
-        "__metadata__": {"format": "pt", "note": "é"},
-        "nothing": {"dtype": "F32", "shape": [0], "data_offsets": [8, 8]},
-        "w": {"dtype": "F16", "shape": [2, 2], "data_offsets": [0, 8]},
-    }
-    text = json.dumps(about, indent=3).encode() + b"      "
-    weight = torch.tensor([[1.0, 2.0], [3.0, -0.0]], dtype=torch.float16)
-    data = weight.numpy().tobytes() + bytes(range(16))
-    (source / SINGLE).write_bytes(len(text).to_bytes(8, "little") + text + data)
+    before, behind = plain.odd(source)
     (source / "config.json").write_text("{}")
     path = plain.patch(tmp_path / "p", source, {"w": torch.tensor([[0.5, 0.0], [0.0, 0.0]])})
     apply(path, source, tmp_path / "made")
     expected = torch.tensor([[1.5, 2.0], [3.0, -0.0]], dtype=torch.float16).numpy().tobytes()
     made = (tmp_path / "made" / SINGLE).read_bytes()
-    assert made == len(text).to_bytes(8, "little") + text + expected + bytes(range(16))
+    assert made == before + expected + behind
     apply(path, source, tmp_path / "wide", dtype="float32")
     with safe_open(tmp_path / "wide" / SINGLE, framework="pt") as file:
         assert file.metadata() == {"format": "pt", "note": "é"}
