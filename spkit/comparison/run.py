@@ -14,7 +14,7 @@ from spkit.comparison.budget import budget_of
 from spkit.comparison.plan import plan
 from spkit.config import Config
 from spkit.errors import SpkitError
-from spkit.running.notebook import why_failed
+from spkit.running.notebook import differing, why_failed
 from spkit.running.runs import NOTEBOOKS
 from spkit.system.files import make_folder, save_csv
 from spkit.system.machine import git_state, hardware, versions
@@ -63,8 +63,7 @@ def show(config: Config, made: Path) -> Path | None:
         return None
     import papermill
 
-    values = config.model_dump(mode="json")
-    values["comparison"]["tables"] = str(made)
+    values = {**differing(config), "comparison": {"tables": str(made)}}
     try:
         papermill.execute_notebook(
             source, executed, values, kernel_name="python3", progress_bar=False

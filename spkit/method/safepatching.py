@@ -62,8 +62,9 @@ class SafePatching:
             "the SE importance": _shapes(self.importance[0]),
             "the OSM importance": _shapes(self.importance[1]),
         }
+        own = _shapes(self.se.factors)
         for what, shapes in others.items():
-            _check_same(_shapes(self.se.factors), what, shapes)
+            _check_same(own, what, shapes)
 
     @cached_property
     def retained(self) -> tuple[Sets, Sets]:
