@@ -20,11 +20,16 @@ Name = Annotated[str, Field(min_length=1)]
 Steps = Annotated[int, Field(ge=1, le=1_000_000)]
 ContinualMethod = Literal["safepatching", "balanced", "ga", "npo", "task_arithmetic", "joint"]
 Rate = Annotated[float, Field(gt=0, le=1)]  # a share of weights; 0 would keep nothing at all
+Percent = Annotated[float, Field(ge=0, le=100)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class BackboneConfig(Section):
-    source: Name = Field("sandbox", description="'sandbox', a local folder or a hub id")
+    source: Name = Field(
+        "sandbox", description="'sandbox', a local folder, a hub id, or a GGUF file by pypi:"
+    )
     revision: str | None = Field(None, description="revision on the hub; null: the latest")
+    sha256: Sha256 | None = Field(None, description="of the file, where the source is a pypi: one")
     compute_dtype: Dtype = Field(
         "float32",
         description="auto: bfloat16 where the device has it, else float16; float32 on a CPU",
@@ -42,6 +47,10 @@ class BackboneConfig(Section):
             raise Wrong("revision", self.revision, "must be null where source is 'sandbox'")
         return self
 
+    @model_validator(mode="after")
+    def _a_hash_goes_with_pypi(self):
+        return _hash_goes_with_pypi(self, self.source, "source")
+
     @property
     def public_name(self) -> str:
         """The hub id, "sandbox", or the last part of a local path, and no more of that."""
@@ -50,8 +59,17 @@ class BackboneConfig(Section):
     @property
     def loading(self) -> dict[str, Any]:
         """How to load it, wherever it is: keyword arguments of backbone.load."""
-        options = self.model_dump(exclude={"source", "compute_dtype"})
+        options = self.model_dump(exclude={"source", "sha256", "compute_dtype"})
         return {**options, "dtype": self.compute_dtype}
+
+
+def _hash_goes_with_pypi(section, source: str, key: str):
+    """A pypi: source needs the SHA-256 of its file, and nothing else has one."""
+    if source.startswith("pypi:") and section.sha256 is None:
+        raise Wrong("sha256", None, f"must be the SHA-256 of the file, for {key} is {source!r}")
+    if section.sha256 is not None and not source.startswith("pypi:"):
+        raise Wrong("sha256", section.sha256, f"must be null, for {key} is no pypi: source")
+    return section
 
 
 class SandboxConfig(Section):
@@ -81,12 +99,45 @@ class SandboxConfig(Section):
 class SourceConfig(Section):
     """Where one data set lies, and who reads it: a hub id, or a local file or folder."""
 
-    reader: Literal["advbench", "beavertails", "xstest", "oktest", "own"] = Field(
+    reader: Literal["advbench", "beavertails", "xstest", "oktest", "pyrit", "rho", "own"] = Field(
         description="schema of the data set; own: the keys of one's own JSONL or CSV file"
     )
-    path: Name = Field(description="hub id, or a local file (CSV, JSONL, JSON, Parquet)")
+    path: Name = Field(
+        description="hub id, local file (CSV, JSONL, JSON, Parquet) or pypi:PACKAGE==VERSION/PATH"
+    )
     revision: str | None = Field(None, description="revision on the hub; null: the latest")
+    sha256: Sha256 | None = Field(None, description="of the file, where the path is a pypi: one")
     split: Name = Field("train", description="split on the hub; a local file has one")
+
+    @model_validator(mode="after")
+    def _a_hash_goes_with_pypi(self):
+        return _hash_goes_with_pypi(self, self.path, "path")
+
+
+class FileConfig(Section):
+    """One file: local, or in a wheel of the package registry."""
+
+    path: Name = Field(description="a local file, or pypi:PACKAGE==VERSION/PATH")
+    sha256: Sha256 | None = Field(None, description="of the file, where the path is a pypi: one")
+
+    @model_validator(mode="after")
+    def _a_hash_goes_with_pypi(self):
+        return _hash_goes_with_pypi(self, self.path, "path")
+
+
+class SharesConfig(Section):
+    """Disjoint shares of one harmful source, by a hash of the prompt: who may read which."""
+
+    align: float = Field(0.2, ge=0, lt=1, description="for aligning the backbone (section align)")
+    harmful: float = Field(0.35, gt=0, lt=1, description="for D_h")
+    dev: float = Field(0.15, gt=0, lt=1, description="for tuning; the rest is the test")
+
+    @model_validator(mode="after")
+    def _some_are_left_for_the_test(self):
+        if self.align + self.harmful + self.dev >= 1:
+            rule = "with align and harmful must be below 1: the rest is the test"
+            raise Wrong("dev", self.dev, rule)
+        return self
 
 
 class DataConfig(Section):
@@ -99,7 +150,8 @@ class DataConfig(Section):
     )
     responses: Name | None = Field(
         None,
-        description="file of responses y where the source has openings only; null: its own",
+        description="file of responses y, or 'unaligned': those of the backbone before `align`; "
+        "null: the source's own",
     )
     max_tokens: int | None = Field(
         None, ge=16, description="a longer pair is cut at so many tokens; null: no limit"
@@ -110,12 +162,62 @@ class DataConfig(Section):
     dev_share: float = Field(
         0.2, gt=0, lt=1, description="of prompts in dev, by hash, where a source has none"
     )
+    shares: SharesConfig | None = Field(
+        None, description="where D_h and evaluation read one source: who gets which share of it"
+    )
     wrappers: Name = Field(
         "none", description="'none', 'shipped', or a file of lines with {prompt}"
     )
     sources: dict[Name, SourceConfig] = Field(
         {}, description="data sets by name: reader, path, revision, split"
     )
+
+
+class AlignConfig(Section):
+    """Safety tuning of the backbone, before notebook 00: an aligned and over-cautious start.
+
+    All weights learn refusals on harmful prompts, and the backbone's own answers on harmless
+    instructions. Too few of these make it over-cautious. It ends at the first check at which both
+    rates on dev are in their windows.
+    """
+
+    harmful: Name | None = Field(
+        None, description="name in data.sources of the harmful prompts; null: no alignment"
+    )
+    pairs: int = Field(64, ge=1, description="harmful prompts, from their share `align`")
+    instructions: Name | None = Field(
+        None, description="name in data.sources of the harmless instructions"
+    )
+    kept_answers: int = Field(32, ge=0, description="of them, with the backbone's own answers")
+    over_safety: list[Name] = Field(
+        [], description="names in data.sources whose dev prompts measure over-caution"
+    )
+    learning_rate: float = Field(2e-5, gt=0, le=1, description="of AdamW, all weights")
+    batch_size: int = Field(8, ge=1, le=4096, description="examples a step")
+    max_steps: Steps = Field(80, description="optimiser steps at most")
+    check_every: int = Field(4, ge=1, description="steps between two checks on dev")
+    harmful_window: tuple[Percent, Percent] = Field(
+        (15.0, 45.0), description="percent of harmful dev prompts that are still answered"
+    )
+    refusal_window: tuple[Percent, Percent] = Field(
+        (15.0, 45.0), description="percent of harmless dev prompts that are refused"
+    )
+    utility_loss: Percent = Field(
+        2.0, description="points of utility.tasks that it may lose, on their mean"
+    )
+    max_new_tokens: int = Field(32, ge=1, le=4096, description="length of an answer on dev")
+
+    @model_validator(mode="after")
+    def _needs_what_it_measures_with(self):
+        if self.harmful is not None:
+            for key in ("instructions", "over_safety"):
+                if not getattr(self, key):
+                    raise Wrong(key, getattr(self, key), "must be set where align.harmful is")
+        for key in ("harmful_window", "refusal_window"):
+            low, high = getattr(self, key)
+            if low >= high:
+                raise Wrong(key, [low, high], "must be a lower and a higher percentage")
+        return self
 
 
 class LoraConfig(Section):
@@ -243,6 +345,9 @@ class EvaluationConfig(Section):
     quantization: Quantization = Field(
         "none", description="nf4: the 4-bit backbone plus the unquantised delta"
     )
+    dtype: Dtype | None = Field(
+        None, description="of the answering model; null: backbone.compute_dtype"
+    )
     batch_size: int = Field(64, ge=1, le=4096, description="prompts generated at once")
     max_new_tokens: int = Field(16, ge=1, le=4096, description="length of a response")
     confidence: float = Field(0.95, gt=0, lt=1, description="of the Wilson intervals")
@@ -312,7 +417,11 @@ class UtilityConfig(Section):
 
     tasks: list[Name] = Field([], description="lm-eval's names; empty: none [paper: seven tasks]")
     include_path: Name | None = Field(None, description="folder of task files of one's own")
+    sources: dict[Name, FileConfig] = Field(
+        {}, description="tasks that are read from an Arrow file instead of the hub"
+    )
     limit: int | None = Field(None, ge=1, description="documents a task; null: all")
+    limit_seed: int = Field(0, ge=0, description="which documents, where limit is set")
     num_fewshot: int | None = Field(None, ge=0, description="examples; null: the task's own")
     chat_template: bool = Field(
         True, description="tasks in the model's chat format; changes results a lot"
@@ -322,7 +431,33 @@ class UtilityConfig(Section):
         "sandbox", description="texts: 'sandbox', a name in sources or a JSONL file"
     )
     perplexity_texts: int = Field(200, ge=1, description="at most so many of them")
+    kl: Name | None = Field(
+        None,
+        description="harmless instructions (a name in sources) on which the first answer token's "
+        "KL divergence from the backbone is taken; null: not",
+    )
+    kl_prompts: int = Field(100, ge=1, description="at most so many of them")
     mt_bench: MtBenchConfig = Field(default_factory=MtBenchConfig, description="open questions")
+
+
+class TuningConfig(Section):
+    """`spkit tune`: a search on the dev prompts for the settings of this backbone."""
+
+    method: Name = Field("SafePatching", description="which method of the comparison")
+    trials: int = Field(200, ge=1, description="settings that the fast objective looks at")
+    judged: int = Field(8, ge=1, description="of the best ones, asked and judged in full")
+    prompts_per_cell: int | None = Field(
+        None, ge=1, description="dev prompts of each group; null: the source's own"
+    )
+    ascent_stops: list[Annotated[float, Field(gt=0, le=100)]] = Field(
+        [], description="mean losses [nats] at which the ascent is kept, besides its end"
+    )
+    max_kl: float = Field(
+        0.1, gt=0, le=100, description="nats of KL that a chosen setting may cost"
+    )
+    scales: list[Literal["plain", "norm_matched"]] = Field(
+        ["norm_matched"], min_length=1, description="which of patching.scale are tried"
+    )
 
 
 class ContinualConfig(Section):
@@ -405,12 +540,14 @@ class Config(Section):
     backbone: BackboneConfig = Field(default_factory=BackboneConfig)
     sandbox: SandboxConfig = Field(default_factory=SandboxConfig)
     data: DataConfig = Field(default_factory=DataConfig)
+    align: AlignConfig = Field(default_factory=AlignConfig)
     derivation: DerivationConfig = Field(default_factory=DerivationConfig)
     importance: ImportanceConfig = Field(default_factory=ImportanceConfig)
     patching: PatchingConfig = Field(default_factory=PatchingConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     judges: JudgesConfig = Field(default_factory=JudgesConfig)
     utility: UtilityConfig = Field(default_factory=UtilityConfig)
+    tuning: TuningConfig = Field(default_factory=TuningConfig)
     continual: ContinualConfig = Field(default_factory=ContinualConfig)
     baselines: BaselinesConfig = Field(default_factory=BaselinesConfig)
     comparison: ComparisonConfig = Field(default_factory=ComparisonConfig)

@@ -17,12 +17,12 @@ from spkit.validation import Section
 ROOT = Path(__file__).parents[1]
 TOP_LEVEL = ("seed", "run_name", "outputs", "mirror", "threads")
 OWN = {  # each section stands in full in one notebook, and is {} in the others
-    "00_backbone": ("backbone", "sandbox", "data", "evaluation", "judges", "utility"),
+    "00_backbone": ("backbone", "sandbox", "data", "align", "evaluation", "judges", "utility"),
     "01_patch_derivation": ("derivation",),
     "02_importance_analysis": ("importance",),
     "03_controllable_patching": ("patching",),
     "04_continual_psa": ("continual", "baselines"),
-    "05_comparison": ("comparison",),
+    "05_comparison": ("comparison", "tuning"),
 }
 
 

@@ -250,7 +250,7 @@ def test_the_table_of_choices_names_every_parameter_of_the_method_once():
     named = [key for row in rows for key in re.findall(r"`(.+?)`", row["key"])]
     assert len(named) == len(set(named))
     of = ("data", "derivation", "importance", "patching", "evaluation", "continual")
-    of = (*of, "baselines")
+    of = (*of, "baselines", "align", "tuning")
     assert set(named) == {"seed", *(key for key in KEYS if key.partition(".")[0] in of)}
     for row in rows:
         assert row["mark"] in ("", "[paper]", "all: [paper]"), row
