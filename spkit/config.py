@@ -153,6 +153,12 @@ class DataConfig(Section):
         description="file of responses y, or 'unaligned': those of the backbone before `align`; "
         "null: the source's own",
     )
+    response_tokens: int = Field(
+        96, ge=1, le=4096, description="length of a response where responses is 'unaligned'"
+    )
+    as_questions: float = Field(
+        0.0, ge=0, le=1, description="share of D_h's requests that are put as questions, by hash"
+    )
     max_tokens: int | None = Field(
         None, ge=16, description="a longer pair is cut at so many tokens; null: no limit"
     )
@@ -185,6 +191,9 @@ class AlignConfig(Section):
         None, description="name in data.sources of the harmful prompts; null: no alignment"
     )
     pairs: int = Field(64, ge=1, description="harmful prompts, from their share `align`")
+    as_questions: float = Field(
+        1.0, ge=0, le=1, description="share of these requests that are put as questions, by hash"
+    )
     instructions: Name | None = Field(
         None, description="name in data.sources of the harmless instructions"
     )
@@ -192,10 +201,10 @@ class AlignConfig(Section):
     over_safety: list[Name] = Field(
         [], description="names in data.sources whose dev prompts measure over-caution"
     )
-    learning_rate: float = Field(2e-5, gt=0, le=1, description="of AdamW, all weights")
+    learning_rate: float = Field(1e-5, gt=0, le=1, description="of AdamW, all weights")
     batch_size: int = Field(8, ge=1, le=4096, description="examples a step")
     max_steps: Steps = Field(80, description="optimiser steps at most")
-    check_every: int = Field(4, ge=1, description="steps between two checks on dev")
+    check_every: int = Field(2, ge=1, description="steps between two checks on dev")
     harmful_window: tuple[Percent, Percent] = Field(
         (15.0, 45.0), description="percent of harmful dev prompts that are still answered"
     )
