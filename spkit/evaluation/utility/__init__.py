@@ -1,6 +1,8 @@
 """Utility beyond the evaluation prompts: what a patch costs in skills that it should not touch.
 
-    measure         perplexity always, lm-eval's tasks where `utility.tasks` names some
+    measure         perplexity always, the first token's KL divergence where `utility.kl` names
+                    prompts, lm-eval's tasks where `utility.tasks` names some
+    first_tokens    what that divergence is taken from: the backbone's are kept by notebook 00
     open_answers    MT-Bench answers, where `utility.mt_bench.prompts` is set
     graded          those answers with a judge's grades, where `utility.mt_bench.judge` is set
     rating_rows     the grades as rows of measure's frame
@@ -13,9 +15,17 @@ A model comes in, a tidy frame goes out; nothing here knows of patches or run fo
 from importlib.util import find_spec
 
 import pandas as pd
+from torch import Tensor
 
 from spkit.config import Config
 from spkit.errors import SpkitError
+from spkit.evaluation.utility.first_token import (
+    first_tokens,
+    kl_divergences,
+    kl_prompts,
+    load_first_tokens,
+    save_first_tokens,
+)
 from spkit.evaluation.utility.likelihood import perplexity, perplexity_texts
 from spkit.evaluation.utility.mt_bench import (
     ANSWERS,
@@ -23,13 +33,17 @@ from spkit.evaluation.utility.mt_bench import (
     mt_bench_questions,
     mt_bench_scores,
 )
+from spkit.evaluation.utility.task_files import check_sources
 from spkit.evaluation.utility.tasks import COLUMNS, MISSING, lm_eval_tasks
 from spkit.models.loading import load
+
+KL = "KL of the first token"
 
 __all__ = [
     *(
         "COLUMNS",
         "check_utility",
+        "first_tokens",
         "graded",
         "lm_eval_tasks",
         "measure",
@@ -37,21 +51,35 @@ __all__ = [
         "mt_bench_questions",
     ),
     *("mt_bench_scores", "open_answers", "perplexity", "perplexity_texts", "rating_rows"),
+    "load_first_tokens",
+    "save_first_tokens",
     "short_table",
 ]
 
 
 def check_utility(config: Config) -> None:
-    """SpkitError where lm-eval is needed and missing. Worth calling before hours of generating."""
-    if config.utility.tasks and find_spec("lm_eval") is None:
-        raise SpkitError(MISSING)
+    """SpkitError where something of `utility` cannot work; worth calling before a model is loaded.
+
+    lm-eval is needed and missing, a file of `utility.sources` is no good, `utility.kl` has no
+    prompts.
+    """
+    if config.utility.tasks:
+        if find_spec("lm_eval") is None:
+            raise SpkitError(MISSING)
+        check_sources(config.utility)
+    if config.utility.kl is not None:
+        kl_prompts(config)
 
 
-def measure(model, tokenizer, config: Config, *, name: str) -> pd.DataFrame:
-    """Tidy rows of one model (COLUMNS): its perplexity, then lm-eval's tasks.
+def measure(
+    model, tokenizer, config: Config, *, name: str, base_logprobs: Tensor | None = None
+) -> pd.DataFrame:
+    """Tidy rows of one model (COLUMNS): its perplexity, its KL divergence, then lm-eval's tasks.
 
-    kind: "perplexity" or "lm-eval". task of a perplexity: the name of its texts; n: their number.
-    num_fewshot, limit and chat_template are lm-eval's and empty elsewhere.
+    kind: "perplexity", "kl" or "lm-eval". task of a perplexity: the name of its texts; n: their
+    number. num_fewshot, limit and chat_template are lm-eval's and empty elsewhere.
+    base_logprobs: `first_tokens` of the backbone, fp32 [n, vocabulary]; with its own, its KL is 0.
+    SpkitError where `utility.kl` is set and they are missing.
     """
     utility = config.utility
     found = perplexity(
@@ -63,7 +91,8 @@ def measure(model, tokenizer, config: Config, *, name: str) -> pd.DataFrame:
     )
     own = _row(name, "perplexity", utility.perplexity, "perplexity", found["value"], found["texts"])
     tasks = lm_eval_tasks(model, tokenizer, utility, name=name, seed=config.seed)
-    return pd.DataFrame([own, *tasks.to_dict("records")], columns=COLUMNS)
+    moved = _kl_rows(model, tokenizer, config, name, base_logprobs)
+    return pd.DataFrame([own, *moved, *tasks.to_dict("records")], columns=COLUMNS)
 
 
 def open_answers(model, tokenizer, config: Config, *, name: str) -> pd.DataFrame:
@@ -127,16 +156,29 @@ def rating_rows(answers: pd.DataFrame) -> pd.DataFrame:
 
 
 def short_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row a model in order of appearance; columns "perplexity" and "<task> <metric>".
+    """One row a model in order of appearance; columns "perplexity", KL and "<task> <metric>".
 
     Standard errors and settings are left in the tidy frame.
     """
-    plain = frame["kind"] == "perplexity"
-    titles = frame["metric"].where(plain, frame["task"] + " " + frame["metric"])
+    titles = frame["task"] + " " + frame["metric"]
+    titles = titles.mask(frame["kind"] == "perplexity", frame["metric"])
+    titles = titles.mask(frame["kind"] == "kl", frame["task"])
     wide = frame.assign(title=titles).pivot(index="model", columns="title", values="value")
     return wide.reindex(index=frame["model"].unique(), columns=titles.unique()).rename_axis(
         columns=None
     )
+
+
+def _kl_rows(model, tokenizer, config: Config, name: str, base: Tensor | None) -> list[dict]:
+    if config.utility.kl is None:
+        return []
+    if base is None:
+        raise SpkitError(
+            f"utility.kl is {config.utility.kl!r}: the backbone's log-probs are needed"
+        )
+    each = kl_divergences(base, first_tokens(model, tokenizer, config))
+    row = _row(name, "kl", KL, "kl", float(each.mean()), len(each))
+    return [{**row, "stderr": float(each.std() / len(each) ** 0.5)}]  # NaN of a single prompt
 
 
 def _row(name: str, kind: str, task: str, metric: str, value: float, n: int) -> dict:

@@ -4,6 +4,8 @@ What the harness does with a task (its documents, prompts, few-shot examples, an
 is the harness's own; here its arguments are set, its errors become one sentence and its results a
 tidy frame. A patched or 4-bit model is measured as it is, nothing is loaded anew.
 
+A task in `utility.sources` reads its documents from a local file (task_files.py).
+
 Task files are code: a YAML with `!function` runs the Python beside it. `include_path` must be a
 folder that one trusts. Data sets are read without code of theirs.
 """
@@ -13,6 +15,8 @@ import os
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -21,6 +25,7 @@ import torch
 
 from spkit.config import UtilityConfig
 from spkit.errors import SpkitError
+from spkit.evaluation.utility.task_files import write_task_files
 from spkit.models.chat import has_system_role
 from spkit.validation import nearest
 
@@ -47,14 +52,14 @@ def lm_eval_tasks(
     """
     if not utility.tasks:
         return pd.DataFrame(columns=COLUMNS)
-    with _as_before(model):
+    with _as_before(model), _scratch() as scratch:
         try:
             import lm_eval
             from lm_eval.tasks import TaskManager
         except ImportError:
             raise SpkitError(MISSING) from None
         tasks = list(dict.fromkeys(utility.tasks))
-        manager = _manager(TaskManager, tasks, utility.include_path)
+        manager = _manager(TaskManager, tasks, _folders(utility, scratch))
         try:
             results = lm_eval.simple_evaluate(
                 model=_harness(model, tokenizer, utility.batch_size),
@@ -86,15 +91,33 @@ def lm_eval_tasks(
     return _tidy(results, tasks, utility, name)
 
 
-def _manager(task_manager, tasks: list[str], folder: str | None):
-    """The harness's index of tasks; its own 14,000 are read only where the folder's do not do."""
-    if folder is not None:
-        if not os.path.isdir(folder):
-            raise SpkitError(f"utility.include_path is {folder!r}, which is no folder")
-        own = task_manager(include_path=folder, include_defaults=False)
+def _scratch() -> TemporaryDirectory:
+    """For task files and their documents, as long as the harness runs."""
+    return TemporaryDirectory(prefix="spkit-", ignore_cleanup_errors=True)
+
+
+def _folders(utility: UtilityConfig, scratch: str) -> list[str]:
+    """Where task files of one's own are; a task of a later folder takes the place of an earlier."""
+    folders = []
+    if utility.include_path is not None:
+        if not os.path.isdir(utility.include_path):
+            raise SpkitError(
+                f"utility.include_path is {utility.include_path!r}, which is no folder"
+            )
+        folders.append(utility.include_path)
+    if utility.sources:
+        write_task_files(utility, Path(scratch))
+        folders.append(scratch)
+    return folders
+
+
+def _manager(task_manager, tasks: list[str], folders: list[str]):
+    """The harness's index of tasks; its own 14,000 are read only where the folders' do not do."""
+    if folders:
+        own = task_manager(include_path=folders, include_defaults=False)
         if set(tasks) <= set(own.all_subtasks):
             return own
-    manager = task_manager(include_path=folder)
+    manager = task_manager(include_path=folders or None)
     for task in tasks:
         if task not in manager.all_tasks:
             listed = "the names that `lm-eval ls tasks` lists"
