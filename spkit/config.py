@@ -580,6 +580,13 @@ class Config(Section):
                     raise Wrong("importance.save", "sets", rule)
         return self
 
+    @property
+    def answering(self) -> dict[str, Any]:
+        """How to load the model that answers: keyword arguments of loading.load."""
+        dtype = self.evaluation.dtype or self.backbone.compute_dtype
+        own = {"dtype": dtype, "quantization": self.evaluation.quantization}
+        return {**self.backbone.loading, **own}
+
     @classmethod
     def from_sources(
         cls, values: Mapping[str, Any], overrides: Mapping[str, Any] | None = None

@@ -109,8 +109,7 @@ def stage_deltas(
         return made.deltas()
     if config.evaluation.quantization != quantization:
         del model  # before the other one is loaded
-        other = config.evaluation.quantization
-        model, tokenizer = load(source, quantization=other, **config.backbone.loading)
+        model, tokenizer = load(source, **config.answering)
     found = balanced(made, first_token_losses(model, tokenizer, calibration))
     print(f"balanced: alpha {found.config.alpha:.3g}, beta {found.config.beta:.3g} (parameters)")
     return found.deltas()
@@ -230,16 +229,16 @@ class Stages:
         sparse patches of earlier stages could vanish. A method that keeps whole patches (GA, NPO,
         the plain sum) changes every weight, which is no sparse delta: its model is quantised anew.
         """
-        evaluation, loading = self.config.evaluation, self.config.backbone.loading
+        evaluation, loading = self.config.evaluation, self.config.answering
         settings = {
             "name": name,
             "max_new_tokens": evaluation.max_new_tokens,
             "batch_size": evaluation.batch_size,
         }
         if evaluation.quantization == "none" or deltas.whole:
-            loaded = load(model_folder, quantization=evaluation.quantization, **loading)
+            loaded = load(model_folder, **loading)
             return respond(*loaded, self.prompts, **settings)
-        model, tokenizer = load(self.backbone, quantization=evaluation.quantization, **loading)
+        model, tokenizer = load(self.backbone, **loading)
         with patched(model, difference(self.backbone, model_folder, deltas)):
             return respond(model, tokenizer, self.prompts, **settings)
 

@@ -19,12 +19,14 @@ from typing import Any
 
 from spkit.config import Config, load_params
 from spkit.errors import SpkitError
-from spkit.running.runs import Run, run_folder
+from spkit.running.aligned import after_alignment
+from spkit.running.runs import STAGES, Run, run_folder
 from spkit.system.determinism import make_deterministic
 from spkit.validation import Section, nearest, refuse_tokens
 
 KEYS = [*Config.model_fields, "overrides"]
 LITERALS = (bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset, type(None))
+FIRST = next(iter(STAGES))  # it may be opened by hand, before anything was run
 IPYTHON = {"In", "Out"}  # the shell's own history
 
 
@@ -47,7 +49,7 @@ def start(stage: str, namespace: Mapping[str, Any]) -> tuple[Config, Run]:
     without_loading_bars()
     run = Run(config, stage)
     print(f"{stage}: seed {config.seed}, results in {run.folder}")
-    return config, run
+    return after_alignment(config, make=stage == FIRST), run
 
 
 def opened(
@@ -61,7 +63,7 @@ def opened(
     _errors_in_one_sentence()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     os.chdir(repository_root())
-    config = load_params(params, overrides)
+    config = after_alignment(load_params(params, overrides), make=False)
     make_deterministic(config.seed, config.threads)
     without_loading_bars()
     folder, own = run_folder(config), config.backbone.source == "sandbox"

