@@ -54,7 +54,7 @@ class BackboneConfig(Section):
     @property
     def public_name(self) -> str:
         """The hub id, "sandbox", or the last part of a local path, and no more of that."""
-        return Path(self.source).resolve().name if Path(self.source).is_dir() else self.source
+        return Path(self.source).resolve().name if Path(self.source).exists() else self.source
 
     @property
     def loading(self) -> dict[str, Any]:

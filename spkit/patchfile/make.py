@@ -47,6 +47,7 @@ from spkit.patchfile.manifest import (
 from spkit.patchfile.stream import read_exactly
 from spkit.system.files import atomic
 from spkit.system.machine import versions
+from spkit.system.pypi import is_pypi
 
 # of config.json, what a library or a place puts there: no part of the backbone's identity
 VOLATILE = ("transformers_version", "_name_or_path", "torch_dtype", "dtype")
@@ -313,8 +314,8 @@ class Writer:
 
 
 def printable_name(backbone: str) -> str:
-    """A hub id as it is; of anything else, such as a local path, the last part."""
-    if is_hub_id(backbone) and not Path(backbone).exists():
+    """A hub id or pypi: source as it is; of anything else, such as a local path, the last part."""
+    if is_pypi(backbone) or (is_hub_id(backbone) and not Path(backbone).exists()):
         return backbone
     return re.split(r"[/\\]", backbone.rstrip("/\\"))[-1]
 

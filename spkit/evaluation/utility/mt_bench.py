@@ -20,6 +20,7 @@ from spkit.data.readers.rows import text as text_of
 from spkit.data.readers.source import load_rows
 from spkit.errors import SpkitError
 from spkit.evaluation.answers import generate
+from spkit.system.pypi import is_pypi
 
 ANSWERS = "question_id category turn question answer".split()
 INSTRUCTION = """\
@@ -49,6 +50,10 @@ def mt_bench_questions(mt_bench: MtBenchConfig) -> list[Question]:
     """
     if mt_bench.prompts is None:
         return []
+    if is_pypi(mt_bench.prompts):  # it would need a hash beside it
+        raise SpkitError(
+            f"utility.mt_bench.prompts is {mt_bench.prompts!r}, must be a hub id or a local file"
+        )
     source = SourceConfig(reader="own", path=mt_bench.prompts, revision=mt_bench.revision)
     questions = []
     for where, number, row in load_rows(source, ["prompt", "category"]):
