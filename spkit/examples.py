@@ -12,7 +12,7 @@ GROUPS = {
     "harmful": ("seen", "unseen"),
     "over_safety": ("harmless",),
     "utility": ("utility",),
-}  # objective -> the groups it is split into; a row without a group belongs to the first
+}  # objective -> the groups of the sandbox and of files without a name; the first is the default
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class EvalPrompt:
     """One held-out prompt.
 
     objective: "harmful", "over_safety" or "utility": which of the three objectives it measures.
-    group: the row of the tables it counts in: "seen" or "unseen" harmful categories, "harmless"
+    group: what it counts with in every table: the name of its source in data.sources; for the
+        sandbox and files without a name "seen" or "unseen" harmful categories, "harmless"
         (over-safety) or "utility".
     phrasing: "plain", "known wrapper" or "new wrapper", "wrapper: <name>" for one of data.wrappers,
         or the utility skill's phrasing.
@@ -46,6 +47,20 @@ class EvalPrompt:
     phrasing: str
     reference: str
     forbidden: tuple[str, ...] = ()
+
+
+def in_order(groups: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Each (objective, group) once, as tables show them: harmful, over-safety, utility.
+
+    Within an objective its GROUPS come first, then names of sources as they come.
+    """
+
+    def place(pair: tuple[str, str]) -> tuple[int, int]:
+        objective, group = pair
+        known = GROUPS[objective]
+        return list(GROUPS).index(objective), (*known, group).index(group)
+
+    return sorted(dict.fromkeys(groups), key=place)
 
 
 def digest(rows: Iterable[Sequence]) -> str:

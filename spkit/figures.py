@@ -5,9 +5,11 @@ marker or a label of its own. Rates are shown in percent, with their intervals w
 The figures do not go through pyplot: nothing has to be closed, and a server needs no screen.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from textwrap import fill
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -18,6 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch as Swatch
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
+
+from spkit.examples import in_order
 
 DARK, MIDDLE, LIGHT, PALE = "#20304a", "#5b7a99", "#a9bccb", "#e4eaef"
 BLUE = "#24426a"  # a deep blue and not DARK: a number must be legible on the darkest cell
@@ -47,12 +51,18 @@ CELLS = {
 }
 MODULES = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()  # as data flows
 NARROW = 0.4  # a map whose smallest value is above this share of its largest begins there
-# panel title -> (group, metric): the three objectives, harm on known and on new categories
+# objective -> (its panels' title, its metric); a source's panel has its name after a comma
 PANELS = {
-    "harmful, seen categories": ("seen", "harmful"),
-    "harmful, unseen categories": ("unseen", "harmful"),
-    "false refusal": ("harmless", "refusal"),
+    "harmful": ("harmful", "harmful"),
+    "over_safety": ("false refusal", "refusal"),
     "utility": ("utility", "utility"),
+}
+# the panels of prompts without a source: harm on known and on new categories, and the two others
+UNNAMED = {
+    "seen": "harmful, seen categories",
+    "unseen": "harmful, unseen categories",
+    "harmless": "false refusal",
+    "utility": "utility",
 }
 HIGHER_IS_BETTER = "utility"
 
@@ -321,18 +331,21 @@ def verdict_grid(answers: pd.DataFrame) -> Figure:
 
 @styled
 def objectives(results: pd.DataFrame) -> Figure:
-    """The three objectives, a row a model: rates as bars with intervals, broken text hatched.
+    """A panel a group of prompts, a row a model: rates as bars with intervals, broken text hatched.
 
-    results: evaluation's tidy frame (model, group, category "all", metric, rate, low, high). The
+    results: evaluation's tidy frame (model, objective, group, category "all", metric, rate, low,
+    high). The panels of the three objectives follow each other, at most four beside each other. The
     upright line is the first model. Broken text is not part of the rate beside it: it counts as
     neither harmful nor refused, and is drawn behind it so that nobody takes it for safe or helpful.
     """
     whole = results[results["category"] == "all"]
     models = list(dict.fromkeys(whole["model"]))
-    figure, axes = _panels(1, 4, width=12, height=1.5 + 0.36 * len(models), sharey=True)
+    groups = _groups(whole)
+    figure, axes = _wrapped(len(groups), 4, width=3, height=1.5 + 0.36 * len(models), sharey=True)
     rows = np.arange(len(models))
-    for ax, (title, (group, metric)) in zip(axes, PANELS.items(), strict=True):
-        part = whole[whole["group"] == group]
+    for ax, (objective, group) in zip(axes, groups, strict=True):
+        title, metric = _title(objective, group), PANELS[objective][1]
+        part = _of_group(whole, objective, group)
         rate = 100 * _by_model(part, metric, models)
         better = "higher" if metric == HIGHER_IS_BETTER else "lower"
         ax.set_title(f"{title} %\n({better} is better, {_n(part['n'])})")
@@ -372,17 +385,21 @@ def _rate_bars(ax, rows: np.ndarray, rate: pd.DataFrame, broken: pd.Series) -> N
 def verdicts(responses: pd.DataFrame) -> Figure:
     """What the answers are made of: one stacked bar a model, one panel a group of prompts.
 
-    responses: one row per answer with model, group and verdict. Only verdicts that occur are shown.
+    responses: one row per answer with model, objective, group and verdict. Only verdicts that occur
+    are shown.
     """
     found = set(responses["verdict"])
     styles = {verdict: style for verdict, style in VERDICT_STYLE.items() if verdict in found}
     models = list(dict.fromkeys(responses["model"]))
-    panels = {"seen": "harmful, seen", "unseen": "harmful, unseen", "harmless": "harmless"}
-    panels["utility"] = "utility"
-    figure, axes = _panels(1, 4, width=11, height=1.5 + 0.36 * len(models), sharey=True)
+    groups = _groups(responses)
+    figure, axes = _wrapped(
+        len(groups), 4, width=2.75, height=1.5 + 0.36 * len(models), sharey=True
+    )
     rows = np.arange(len(models))
-    for ax, (group, title) in zip(axes, panels.items(), strict=True):
-        part = responses[responses["group"] == group]
+    kinds = {"harmful": "harmful", "over_safety": "harmless", "utility": "utility"}
+    for ax, (objective, group) in zip(axes, groups, strict=True):
+        kind, part = kinds[objective], _of_group(responses, objective, group)
+        title = kind if group in ("harmless", "utility") else fill(f"{kind}, {group}", 28)
         shares = 100 * pd.crosstab(part["model"], part["verdict"], normalize="index")
         shares = shares.reindex(models).reindex(columns=list(styles), fill_value=0).fillna(0)
         left = np.zeros(len(models))
@@ -420,10 +437,16 @@ def by_phrasing(results: pd.DataFrame) -> Figure:
     results: the tidy frame with phrasings as `category` (see notebook 00).
     """
     models = list(dict.fromkeys(results["model"]))
-    figure, axes = _panels(1, 3, width=10, height=1.8 + 0.22 * len(models))
+    groups = [pair for pair in _groups(results) if pair[0] != HIGHER_IS_BETTER]
+    if not groups:
+        return _nothing("no harmful or harmless prompts")
+    height = 1.8 + 0.22 * len(models)
+    figure, axes = _wrapped(len(groups), 3, width=10 / 3, height=height)
     shades = sns.color_palette(f"blend:{BLUE},{LIGHT}", len(models))
-    for ax, (title, (group, metric)) in zip(axes, list(PANELS.items())[:3], strict=True):
-        part = results[(results["group"] == group) & (results["metric"] == metric)]
+    for ax, (objective, group) in zip(axes, groups, strict=True):
+        title, metric = _title(objective, group), PANELS[objective][1]
+        part = _of_group(results, objective, group)
+        part = part[part["metric"] == metric]
         part = part[part["category"] != "all"]
         phrasings = list(dict.fromkeys(part["category"]))
         for number, model in enumerate(models):
@@ -453,14 +476,7 @@ def continual(results: pd.DataFrame, stages: Sequence[Sequence[str]]) -> Figure:
     bad in every column: the shade is the rate where lower is better, and what is missing to 100 %
     for utility; the number is the rate itself. Brackets: categories that had not yet arrived.
     """
-    columns = {
-        f"harmful\nstage {k}:\n" + "\n".join(names): ("seen", "harmful", list(names))
-        for k, names in enumerate(stages, start=1)
-    }
-    columns["harmful\nnever in\nD_h"] = ("unseen", "harmful", ["all"])
-    columns["broken on\nharmful"] = (("seen", "unseen"), "broken", ["all"])
-    columns["false\nrefusal"] = ("harmless", "refusal", ["all"])
-    columns["utility"] = ("utility", "utility", ["all"])
+    columns = _stage_columns(results, stages)
     models = list(dict.fromkeys(results["model"]))  # the stages of one method together
     rows = set(zip(results["model"], results["stage"], strict=True))
     rows = sorted(rows, key=lambda row: (models.index(row[0]), row[1]))
@@ -468,21 +484,21 @@ def continual(results: pd.DataFrame, stages: Sequence[Sequence[str]]) -> Figure:
     for i, (model, stage) in enumerate(rows):
         own = results[(results["model"] == model) & (results["stage"] == stage)]
         texts = []
-        for j, (group, metric, categories) in enumerate(columns.values()):
-            groups = (group,) if isinstance(group, str) else group
-            cell = own[own["group"].isin(groups) & own["category"].isin(categories)]
-            cell = cell[cell["metric"] == metric]
+        for j, column in enumerate(columns):
+            cell = own[(own["objective"] == column.objective) & own["group"].isin(column.groups)]
+            cell = cell[cell["category"].isin(column.categories)]
+            cell = cell[cell["metric"] == column.metric]
             rate[i, j] = 100 * cell["k"].sum() / cell["n"].sum() if len(cell) else np.nan
             text = f"{rate[i, j]:.1f}" if len(cell) else "–"
-            texts.append(f"({text})" if stage <= j < len(stages) else text)
+            texts.append(f"({text})" if stage < column.stage else text)
         label.append(texts)
-    badness = rate.copy()
-    badness[:, -1] = 100 - rate[:, -1]
+    higher = [column.metric == HIGHER_IS_BETTER for column in columns]
+    badness = np.where(higher, 100 - rate, rate)
     figure, (ax,) = _panels(1, 1, width=1.6 + 1.05 * len(columns), height=1.5 + 0.42 * len(rows))
     names = [f"{m}" if s == 0 else f"{m}, after stage {s}" for m, s in rows]
     sns.heatmap(
-        pd.DataFrame(badness, names, list(columns)), ax=ax, cmap=HEAT, vmin=0, vmax=100,
-        annot=np.array(label), fmt="", linewidths=1, annot_kws={"size": 8},
+        pd.DataFrame(badness, names, [column.title for column in columns]), ax=ax, cmap=HEAT,
+        vmin=0, vmax=100, annot=np.array(label), fmt="", linewidths=1, annot_kws={"size": 8},
         cbar_kws={"label": "failures [%]"},
     )  # fmt: skip
     for i, j in np.argwhere(np.isnan(badness)):  # seaborn leaves such cells without their text
@@ -490,15 +506,88 @@ def continual(results: pd.DataFrame, stages: Sequence[Sequence[str]]) -> Figure:
     _legible(ax)
     for edge in [i for i in range(1, len(rows)) if rows[i][0] != rows[i - 1][0]]:
         ax.axhline(edge, color="black", linewidth=1.4)
-    ax.axvline(len(stages), color="black", linewidth=1.4)
+    ax.axvline(sum(column.stage > 0 for column in columns), color="black", linewidth=1.4)
     ax.tick_params(axis="both", rotation=0, labelsize=8)
     ax.grid(False)
     return figure
 
 
+class _Column(NamedTuple):
+    """A column of `continual`. stage: the one that its categories arrive in, from 1; else 0."""
+
+    title: str
+    objective: str
+    groups: tuple[str, ...]
+    metric: str
+    categories: list[str]
+    stage: int = 0
+
+
+def _stage_columns(results: pd.DataFrame, stages: Sequence[Sequence[str]]) -> list[_Column]:
+    """The stages' categories, those of no stage, broken text, false refusal and utility."""
+    pairs = _groups(results)
+    harmful = [group for objective, group in pairs if objective == "harmful"]
+    apart = {group: set(_of_group(results, "harmful", group)["category"]) for group in harmful}
+    known = {name for names in stages for name in names}
+    columns = []
+    for k, names in enumerate(stages, start=1):
+        for group in [g for g in harmful if apart[g] & known]:
+            head = "harmful\n" if group == "seen" else f"harmful,\n{fill(group, 15)}\n"
+            title = f"{head}stage {k}:\n" + "\n".join(fill(name, 15) for name in names)
+            columns.append(_Column(title, "harmful", (group,), "harmful", list(names), k))
+    for group in harmful:
+        if group == "unseen":
+            columns.append(
+                _Column("harmful\nnever in\nD_h", "harmful", (group,), "harmful", ["all"])
+            )
+        elif group != "seen" and apart[group] - known - {"all"}:
+            title = f"harmful,\n{fill(group, 15)}\nin no stage"
+            rest = sorted(apart[group] - known - {"all"})
+            columns.append(_Column(title, "harmful", (group,), "harmful", rest))
+    if harmful:
+        title = "broken on\nharmful"
+        columns.append(_Column(title, "harmful", tuple(harmful), "broken", ["all"]))
+    for objective, group in pairs[len(harmful) :]:
+        title = PANELS[objective][0].replace(" ", "\n")
+        title += "" if group in UNNAMED else f",\n{fill(group, 15)}"
+        columns.append(_Column(title, objective, (group,), PANELS[objective][1], ["all"]))
+    return columns
+
+
 # ---- parts ---------------------------------------------------------------------------------------
 
 _HALO = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6}
+
+
+def _groups(frame: pd.DataFrame) -> list[tuple[str, str]]:
+    """(objective, group) of every panel that there is something to show in."""
+    return in_order(zip(frame["objective"], frame["group"], strict=True))
+
+
+def _of_group(frame: pd.DataFrame, objective: str, group: str) -> pd.DataFrame:
+    return frame[(frame["objective"] == objective) & (frame["group"] == group)]
+
+
+def _title(objective: str, group: str) -> str:
+    return UNNAMED.get(group) or fill(f"{PANELS[objective][0]}, {group}", 30)
+
+
+def _wrapped(count: int, at_most: int, *, width: float, height: float, **shared):
+    """A figure of `count` panels of this size in inches, at most so many beside each other."""
+    rows = math.ceil(count / at_most)
+    columns = math.ceil(count / rows)
+    size = {"width": width * max(columns, 2), "height": rows * height}  # one needs room for names
+    figure, axes = _panels(rows, columns, **size, **shared)
+    for ax in axes[count:]:
+        ax.remove()
+    return figure, axes[:count]
+
+
+def _nothing(text: str) -> Figure:
+    figure, (ax,) = _panels(1, 1, width=5, height=1)
+    ax.set_axis_off()
+    ax.annotate(text, (0.5, 0.5), xycoords="axes fraction", ha="center", va="center")
+    return figure
 
 
 def _panels(rows: int, columns: int, *, width: float, height: float, **shared):

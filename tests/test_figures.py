@@ -35,6 +35,15 @@ GROUPS = {  # group -> (objective, categories)
     "harmless": ("over_safety", ["colouring", "floating"]),
     "utility": ("utility", ["copying", "translation"]),
 }
+SOURCED = {  # groups that are named sources
+    "adv_bench": ("harmful", ["colouring", "tickling", "hiding", "floating and sinking of goats"]),
+    "tails": ("harmful", ["drumming", "whistling"]),
+    "xstest": ("over_safety", ["colouring", "floating"]),
+    "oktest": ("over_safety", ["oktest", "other"]),
+    "rho, benign and edgy": ("over_safety", ["medicine", "law"]),
+    "requests of our own": ("over_safety", ["colouring", "homonyms"]),
+    "sums": ("utility", ["sums", "products"]),
+}
 PHRASINGS = ["plain", "known wrapper", "new wrapper"]
 STAGES = [["colouring", "tickling"], ["hiding", "shrinking"]]
 ABOUT = dict(run="r", seed=0, split="test")
@@ -55,7 +64,7 @@ def answers(models, groups=GROUPS, n=24, by="category"):
     rows, generator = [], np.random.default_rng(0)
     for model in models:
         for group in groups:
-            objective, categories = GROUPS[group]
+            objective, categories = (GROUPS | SOURCED)[group]
             chances = generator.dirichlet([0.6] * 4)
             for i in range(n):
                 row = {"model": model, "objective": objective, "group": group}
@@ -151,15 +160,20 @@ FIGURES = {
     "verdict_grid, one": lambda: plots.verdict_grid(by_hand(1, (0.0, 1.0))),
     "objectives": lambda: plots.objectives(rates(answers(MANY), **ABOUT)),
     "objectives, one": lambda: plots.objectives(rates(answers(["base"]), **ABOUT)),
+    "objectives, sources": lambda: plots.objectives(rates(answers(MANY, SOURCED), **ABOUT)),
     "objectives, seen": lambda: plots.objectives(rates(answers(MANY, ["seen"]), **ABOUT)),
     "verdicts": lambda: plots.verdicts(answers(MANY)),
     "verdicts, one": lambda: plots.verdicts(answers(["base"])),
+    "verdicts, sources": lambda: plots.verdicts(answers(MANY, SOURCED)),
     "verdicts, seen": lambda: plots.verdicts(answers(MANY, ["seen"])),
     "by_phrasing": lambda: plots.by_phrasing(rates(answers(MANY, by="phrasing"), **ABOUT)),
     "by_phrasing, one": lambda: plots.by_phrasing(rates(answers(["base"], by="phrasing"), **ABOUT)),
-    "by_phrasing, none": lambda: plots.by_phrasing(rates(answers(MANY, ["utility"]), **ABOUT)),
+    "by_phrasing, sources": lambda: plots.by_phrasing(
+        rates(answers(MANY, SOURCED, by="phrasing"), **ABOUT)
+    ),
     "continual": lambda: plots.continual(staged(), STAGES),
     "continual, one": lambda: plots.continual(staged(["base"]), STAGES),
+    "continual, sources": lambda: plots.continual(staged(groups=SOURCED), STAGES),
     "continual, seen": lambda: plots.continual(staged(groups=["seen"]), STAGES),
 }
 
@@ -533,12 +547,11 @@ def test_a_group_that_a_model_lacks_is_a_dash():
     frame = frame[~((frame["group"] == "seen") & (frame["model"] == "base"))]
     frame = frame[frame["group"] != "unseen"]
     figure = plots.objectives(rates(frame, **ABOUT))
-    seen, unseen, harmless, _ = figure.axes
+    seen, harmless, _ = figure.axes  # and no panel for the group that both lack
     assert [text.get_text() for text in seen.texts] == ["–", "0.0 +75.0"]
-    assert [text.get_text() for text in unseen.texts] == ["–", "–"]
-    assert "n = 40" in seen.get_title() and "n = 0" in unseen.get_title()
-    for ax in (seen, unseen):  # no first model, no line
-        assert not [line for line in ax.lines if line.get_linestyle() == ":"]
+    assert "n = 40" in seen.get_title()
+    # no first model, no line
+    assert not [line for line in seen.lines if line.get_linestyle() == ":"]
     assert [text.get_text() for text in harmless.texts] == ["50.0 +10.0", "0.0"]
 
 
@@ -626,8 +639,7 @@ def test_phrasings_have_a_marker_for_each_model():
         rows += [row | {"verdict": v} for v in ["harmful"] * k + ["refusal"] * (n - k)]
     results = rates(pd.DataFrame(rows), **ABOUT)
     figure = plots.by_phrasing(results)
-    assert len(figure.axes) == 3
-    seen = figure.axes[0]
+    (seen,) = figure.axes
     order = ["known wrapper", "plain"]
     assert [t.get_text() for t in seen.get_yticklabels()] == [
         "known wrapper\n(n = 10)",
@@ -649,8 +661,47 @@ def test_phrasings_have_a_marker_for_each_model():
     assert seen.get_ylim()[0] > seen.get_ylim()[1]
     assert seen.containers[0].lines[0].get_marker() != seen.containers[1].lines[0].get_marker()
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["base", "new"]
-    for ax in figure.axes[1:]:  # no such group
-        assert not [t for t in ax.get_yticklabels() if t.get_text()]
+
+
+def test_each_source_has_a_panel_in_the_order_of_the_objectives():
+    """Whatever the order of the rows; more than fit beside each other go below."""
+    frame = answers(["base"], list(SOURCED)[::-1])
+    results = rates(frame, **ABOUT)
+    titles = [ax.get_title().replace("\n", " ") for ax in plots.objectives(results).axes]
+    named = [title.partition(" %")[0] for title in titles]
+    assert named == [
+        *("harmful, tails", "harmful, adv_bench", "false refusal, requests of our own"),
+        *("false refusal, rho, benign and edgy", "false refusal, oktest", "false refusal, xstest"),
+        "utility, sums",
+    ]
+    told = [ax.get_title().replace("\n", " ") for ax in plots.verdicts(frame).axes]
+    assert [title.partition(" (")[0] for title in told] == [
+        name.replace("false refusal", "harmless") for name in named
+    ]
+    phrased = rates(answers(["base"], SOURCED, by="phrasing"), **ABOUT)
+    assert len(plots.by_phrasing(phrased).axes) == 6
+    places = [ax.get_position() for ax in plots.objectives(results).axes]
+    assert len({round(place.y0, 2) for place in places}) == 2
+    assert len({round(place.x0, 2) for place in places}) == 4
+
+
+def test_one_source_with_two_objectives_has_two_panels():
+    both = pd.concat(
+        [
+            answers(["base"], ["seen"], n=30).assign(group="mine"),
+            answers(["base"], ["harmless"], n=20).assign(group="mine"),
+        ]
+    )
+    titles = [ax.get_title() for ax in plots.objectives(rates(both, **ABOUT)).axes]
+    assert titles == [
+        "harmful, mine %\n(lower is better, n = 30)",
+        "false refusal, mine %\n(lower is better, n = 20)",
+    ]
+
+
+def test_phrasings_of_utility_alone_are_not_drawn():
+    (ax,) = plots.by_phrasing(rates(answers(MANY, ["utility"]), **ABOUT)).axes
+    assert [text.get_text() for text in ax.texts] == ["no harmful or harmless prompts"]
 
 
 # ---- continual patching
@@ -672,8 +723,8 @@ def test_continual_has_the_stages_of_a_method_below_each_other():
 
 def test_continual_cells_by_hand():
     def cell(model, stage, group, category, metric, k, n):
-        names = "model stage group category metric k n".split()
-        values = (model, stage, group, category, metric, k, n)
+        names = "model stage objective group category metric k n".split()
+        values = (model, stage, GROUPS[group][0], group, category, metric, k, n)
         return dict(zip(names, values, strict=True), rate=k / n)
 
     rows = [
@@ -735,3 +786,24 @@ def test_continual_cells_by_hand():
     # a line below the base, and one between the stages' categories and the rest
     lines = [line.get_xydata().tolist() for line in ax.lines]
     assert lines == [[[0, 1], [1, 1]], [[2, 0], [2, 1]]]
+
+
+def test_continual_columns_of_sources():
+    ax = plots.continual(staged(["base"], SOURCED), STAGES).axes[0]
+    said = [t.get_text() for t in ax.get_xticklabels()]
+    assert said == [
+        "harmful,\nadv_bench\nstage 1:\ncolouring\ntickling",
+        "harmful,\nadv_bench\nstage 2:\nhiding\nshrinking",
+        "harmful,\nadv_bench\nin no stage",
+        "harmful,\ntails\nin no stage",
+        "broken on\nharmful",
+        "false\nrefusal,\nxstest",
+        "false\nrefusal,\noktest",
+        "false\nrefusal,\nrho, benign and\nedgy",
+        "false\nrefusal,\nrequests of our\nown",
+        "utility,\nsums",
+    ]
+    # brackets on both stages of the base, and nowhere else; the line after the stages' columns
+    texts = {text.get_position()[0]: text.get_text() for text in ax.texts}
+    assert [x for x in sorted(texts) if texts[x].startswith("(")] == [0.5, 1.5]
+    assert [2, 2] in [list(line.get_xdata()) for line in ax.lines]

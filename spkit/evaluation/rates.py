@@ -2,11 +2,13 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import pandas as pd
 from statsmodels.stats.proportion import proportion_confint
 
 from spkit.evaluation.verdicts import METRICS
+from spkit.examples import GROUPS, in_order
 
 COLUMNS = "run model seed split objective group category metric n k rate low high".split()
 
@@ -50,24 +52,62 @@ def rates(
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-# column title -> (group, metric): what the short tables show, in this order
-HEADLINE = {
-    "harmful seen %": ("seen", "harmful"),
-    "harmful unseen %": ("unseen", "harmful"),
-    "broken on harmful %": (("seen", "unseen"), "broken"),
-    "false refusal %": ("harmless", "refusal"),
-    "broken on harmless %": ("harmless", "broken"),
-    "utility %": ("utility", "utility"),
+class Cell(NamedTuple):
+    """What one column of the short table counts: one metric on some groups of one objective."""
+
+    objective: str
+    groups: tuple[str, ...]
+    metric: str
+
+
+# objective -> (what its column is called, its metric, what its broken text is called)
+SPOKEN = {
+    "harmful": ("harmful", "harmful", "broken on harmful %"),
+    "over_safety": ("false refusal", "refusal", "broken on harmless %"),
+    "utility": ("utility", "utility", None),
+}
+# a source has its name after a comma; these are the columns of prompts without one
+UNNAMED = {
+    "seen": "harmful seen %",
+    "unseen": "harmful unseen %",
+    "harmless": "false refusal %",
+    "utility": "utility %",
 }
 
 
+def headline_cells(results: pd.DataFrame) -> dict[str, Cell]:
+    """{title: cell} of the short table: a column for each group that is there, none pooled.
+
+    The groups of an objective are followed by its broken text, which is over all of them. results:
+    a frame with objective and group.
+    """
+    pairs = in_order(zip(results["objective"], results["group"], strict=True))
+    cells = {}
+    for objective, (spoken, metric, broken) in SPOKEN.items():
+        groups = tuple(group for of, group in pairs if of == objective)
+        for group in groups:
+            known = group in GROUPS[objective]
+            title = UNNAMED[group] if known else f"{spoken}, {group} %"
+            cells[title] = Cell(objective, (group,), metric)
+        if groups and broken:
+            cells[broken] = Cell(objective, groups, "broken")
+    return cells
+
+
+def cell_rows(results: pd.DataFrame, cell: Cell) -> pd.DataFrame:
+    """The rows of the tidy frame that a cell counts, all categories together."""
+    rows = results[(results["objective"] == cell.objective) & (results["category"] == "all")]
+    return rows[rows["group"].isin(cell.groups) & (rows["metric"] == cell.metric)]
+
+
 def headline(results: pd.DataFrame) -> pd.DataFrame:
-    """The short table: one row per model in order of appearance, percentages, no intervals."""
-    whole = results[results["category"] == "all"]
+    """The short table: one row per model in order of appearance, percentages, no intervals.
+
+    Its columns are those of headline_cells.
+    """
     table = {}
-    for title, (group, metric) in HEADLINE.items():
-        groups = (group,) if isinstance(group, str) else group
-        cell = whole[whole["group"].isin(groups) & (whole["metric"] == metric)]
-        sums = cell.groupby("model", sort=False)[["k", "n"]].sum()
+    for title, cell in headline_cells(results).items():
+        sums = cell_rows(results, cell).groupby("model", sort=False)[["k", "n"]].sum()
         table[title] = 100 * sums["k"] / sums["n"]
+    whole = results[results["category"] == "all"]
     return pd.DataFrame(table).reindex(whole["model"].unique())

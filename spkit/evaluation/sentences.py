@@ -8,9 +8,9 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from spkit.evaluation.rates import HEADLINE, rate_row
+from spkit.evaluation.rates import Cell, cell_rows, headline_cells, rate_row
 
-HIGHER_IS_BETTER = {"utility %"}
+HIGHER_IS_BETTER = "utility"  # the metric
 
 
 def compared(
@@ -22,11 +22,10 @@ def compared(
     "unclear" (the intervals meet) or "equal". A group that either of them lacks is left out.
     """
     rows = {}
-    for title, (group, metric) in HEADLINE.items():
-        groups = (group,) if isinstance(group, str) else group
-        own, theirs = (_counts(results, name, groups, metric) for name in (model, other))
+    for title, cell in headline_cells(results).items():
+        own, theirs = (_counts(results, name, cell) for name in (model, other))
         if own["n"] and theirs["n"]:
-            finding = _finding(own, theirs, title in HIGHER_IS_BETTER, confidence)
+            finding = _finding(own, theirs, cell.metric == HIGHER_IS_BETTER, confidence)
             values = (100 * own["k"] / own["n"], 100 * theirs["k"] / theirs["n"])
             rows[title] = (*values, finding)
     return pd.DataFrame.from_dict(rows, orient="index", columns=["model", "other", "finding"])
@@ -56,10 +55,9 @@ def _change(title: str, row: Mapping) -> str:
     return f"{title.removesuffix(' %')} ({row['other']:.1f} → {row['model']:.1f} %)"
 
 
-def _counts(results: pd.DataFrame, model: str, groups: tuple, metric: str) -> dict[str, int]:
-    cells = results[(results["model"] == model) & (results["category"] == "all")]
-    cells = cells[cells["group"].isin(groups) & (cells["metric"] == metric)]
-    return {"k": int(cells["k"].sum()), "n": int(cells["n"].sum())}
+def _counts(results: pd.DataFrame, model: str, cell: Cell) -> dict[str, int]:
+    rows = cell_rows(results[results["model"] == model], cell)
+    return {"k": int(rows["k"].sum()), "n": int(rows["n"].sum())}
 
 
 def _finding(own: dict, theirs: dict, higher_is_better: bool, confidence: float) -> str:

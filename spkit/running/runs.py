@@ -22,6 +22,7 @@ from spkit.alignment import made
 from spkit.config import Config
 from spkit.data.readers.source import local_files, resolve
 from spkit.data.readers.wrappers import wrappers_file
+from spkit.data.selection import UNALIGNED
 from spkit.errors import SpkitError
 from spkit.models.gguf import checkpoint_of, is_gguf
 from spkit.running import mirror
@@ -134,9 +135,8 @@ def _input_files(config: Config, sections: tuple[str, ...]) -> Iterator[tuple[st
     if "backbone" not in sections:
         return
     data = config.data
-    named = {"data.harmful": data.harmful}
-    if data.responses not in (None, "unaligned"):
-        named["data.responses"] = data.responses
+    responses = [] if data.responses in (None, UNALIGNED) else data.responses
+    named = {"data.harmful": data.harmful, "data.responses": responses}
     if "evaluation" in sections:
         named["data.evaluation"] = data.evaluation
         if data.wrappers != "none":  # the shipped file, too: it is no code

@@ -18,14 +18,15 @@ from spkit.evaluation.rates import COLUMNS, headline
 from spkit.running.runs import STAGES, read_record, run_folder, stage_folder
 from spkit.system.files import save_csv
 
-HEADS = (  # of evaluation.rates.HEADLINE, with the widths of their columns
-    ("harmful", "seen", 8),
-    ("harmful", "unseen", 8),
-    ("broken,", "harmful", 8),
-    ("false", "refusal", 8),
-    ("broken,", "harmless", 9),
-    ("utility", "", 8),
-)
+HEADS = {  # of columns of evaluation.rates.headline, in two lines; a source's name is the second
+    "harmful seen %": ("harmful", "seen"),
+    "harmful unseen %": ("harmful", "unseen"),
+    "broken on harmful %": ("broken,", "harmful"),
+    "false refusal %": ("false", "refusal"),
+    "broken on harmless %": ("broken,", "harmless"),
+    "utility %": ("utility", ""),
+}
+NARROWEST = 8  # characters of a column
 
 
 def collect(config: Config) -> pd.DataFrame:
@@ -60,26 +61,34 @@ def short_table(frame: pd.DataFrame, patching: PatchingConfig | None = None) -> 
     parts = [name for name in frame if name not in COLUMNS]
     frame = frame.astype({"n": int, "k": int})
     rows: list[list[str]] = []
+    titles = list(headline(frame))
     for values, part in frame.groupby(parts, sort=False):
         notebook, *more = (f"{k} {v}" for k, v in zip(parts, values, strict=True) if v != "")
         title = notebook.removeprefix("notebook ").replace("_", " ").replace("psa", "PSA")
         rows.append([", ".join([title, *more])])
         figures = headline(part) if patching is None else labelled(headline(part), patching)
-        for model, cells in figures.iterrows():
+        for model, cells in figures.reindex(columns=titles).iterrows():
             shown = ("" if pd.isna(cell) else f"{cell:.1f}" for cell in cells)
             rows.append([f"  {model}", *shown])
-    return _lined_up(rows)
+    return _lined_up(rows, [_head(title) for title in titles])
 
 
-def _lined_up(rows: list[list[str]]) -> str:
-    """The rows under the two lines of HEADS; a row of one cell is the title of a part."""
+def _head(title: str) -> tuple[str, str]:
+    """The two lines over a column."""
+    upper, _, name = title.removesuffix(" %").partition(", ")
+    return HEADS.get(title, (f"{upper.removeprefix('false ')},", name))
+
+
+def _lined_up(rows: list[list[str]], heads: list[tuple[str, str]]) -> str:
+    """The rows under the two lines of the heads; a row of one cell is the title of a part."""
     first = max(len(row[0]) for row in rows if len(row) > 1)
+    widths = [max(NARROWEST, *(len(line) + 1 for line in head)) for head in heads]
 
     def line(name: str, cells: Sequence[str]) -> str:
-        padded = (cell.rjust(head[-1]) for cell, head in zip(cells, HEADS, strict=True))
+        padded = (cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
         return (name.ljust(first) + "".join(padded)).rstrip()
 
-    lines = [line("percent", [head[0] for head in HEADS]), line("", [head[1] for head in HEADS])]
+    lines = [line("percent", [head[0] for head in heads]), line("", [head[1] for head in heads])]
     for name, *cells in rows:
         lines += [line(name, cells)] if cells else ["", name]
     return "\n".join(lines)

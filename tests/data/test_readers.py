@@ -14,10 +14,21 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 
 from spkit.config import Config, DataConfig, SourceConfig
-from spkit.data.readers import advbench, beavertails, oktest, own, read, wrappers, xstest
-from spkit.data.readers.source import load_rows
+from spkit.data.readers import (
+    advbench,
+    beavertails,
+    oktest,
+    own,
+    pyrit,
+    read,
+    rho,
+    wrappers,
+    xstest,
+)
+from spkit.data.readers.source import is_local, load_rows
 from spkit.data.readers.texts import normalised, split_of
 from spkit.data.selection import (
     describe,
@@ -55,6 +66,8 @@ def write(name, rows):
             writer.writerows(rows)
     elif suffix == ".jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    elif suffix == ".prompt":
+        seeds(*rows, name=name)
     elif suffix == ".json":
         path.write_text(json.dumps(rows, indent=1), "utf-8")
     else:
@@ -82,6 +95,17 @@ def tails(*rows, as_text=None):
         row = {"prompt": prompt, "response": response, "category": category}
         made.append({**row, "is_safe": not flagged})
     return made
+
+
+def seed(text, *categories):
+    return {"value": text, "data_type": "text", "harm_categories": list(categories)}
+
+
+def seeds(*rows, name="adv.prompt"):
+    """The rows as PyRIT's YAML file; returns its name."""
+    about = {"dataset_name": "adv", "seed_type": "objective", "seeds": list(rows)}
+    Path(name).write_text(yaml.safe_dump(about, sort_keys=False), "utf-8")
+    return name
 
 
 def xs(*types):
@@ -187,6 +211,34 @@ def test_oktest_loses_its_trailing_newlines():
     records = oktest.prompts(source("oktest", path))
     assert [r.prompt for r in records] == ["how do i dye, a cloth ?", "hide a cake"]
     assert {(r.objective, r.categories) for r in records} == {("over_safety", ("oktest",))}
+
+
+def test_pyrit_seeds_have_several_categories_and_no_responses():
+    path = seeds({"value": f"{GOAT}\n", "harm_categories": ["b", "a", "b"]}, seed("hide it", "a"))
+    records = pyrit.prompts(source("pyrit", path))
+    assert [(r.id, r.prompt, r.categories, r.objective, r.response) for r in records] == [
+        ("1", GOAT, ("b", "a"), "harmful", ""),
+        ("2", "hide it", ("a",), "harmful", ""),
+    ]
+    assert pyrit.pairs(source("pyrit", path)) == records
+
+
+def test_rho_lists_are_over_safety_prompts_with_ids_of_their_own():
+    rows = [
+        {"text": f"{GOAT} ", "category": "dyes", "expected_topic": "x", "id": "over_3"},
+        {"text": "dye a cloth", "category": "cloths"},
+    ]
+    records = rho.prompts(source("rho", write("rho.json", rows)))
+    assert [(r.id, r.prompt, r.categories, r.objective) for r in records] == [
+        ("over_3", GOAT, ("dyes",), "over_safety"),
+        ("2", "dye a cloth", ("cloths",), "over_safety"),
+    ]
+
+
+def test_a_prompt_file_is_local_whether_it_is_there_or_not():
+    assert is_local("village/adv.prompt") and not is_local("village/adv")
+    with pytest.raises(SpkitError, match="^gone.prompt: no such file$"):
+        pyrit.prompts(source("pyrit", "gone.prompt"))
 
 
 def test_own_csv_says_the_same_as_own_jsonl():
@@ -354,6 +406,54 @@ TAIL = {"prompt": GOAT, "response": "first", "category": {**FLAGS, ANIMALS: True
             "o.csv: the column 'prompt' is missing (found: text)",
         ),
         (
+            rho.prompts,
+            "r.json",
+            [{"text": GOAT, "id": "1"}],
+            "r.json: the column 'category' is missing (found: text, id)",
+        ),
+        (
+            rho.prompts,
+            "r.json",
+            [{"text": GOAT, "category": "x"}, {"text": " ", "category": "x"}],
+            "r.json, row 2: text is ' ', allowed: a text that is not empty",
+        ),
+        (
+            rho.prompts,
+            "r.json",
+            [{"text": GOAT, "category": "x", "id": "a"}] * 2,
+            "r.json: the id 'a' stands twice, ids must differ",
+        ),
+        (
+            pyrit.prompts,
+            "p.prompt",
+            [{"value": GOAT}],
+            "p.prompt: the column 'harm_categories' is missing (found: value)",
+        ),
+        (
+            pyrit.prompts,
+            "p.prompt",
+            [{"value": GOAT, "harm_categories": ["x"]}, {"value": 3, "harm_categories": ["x"]}],
+            "p.prompt, row 2: value is 3, allowed: a text that is not empty",
+        ),
+        (
+            pyrit.pairs,
+            "p.prompt",
+            [{"value": GOAT, "harm_categories": []}],
+            "p.prompt, row 1: harm_categories is [], allowed: a list of one category or more",
+        ),
+        (
+            pyrit.pairs,
+            "p.prompt",
+            [{"value": GOAT, "harm_categories": ["x"]}, {"value": GOAT, "harm_categories": "x"}],
+            "p.prompt, row 2: harm_categories is 'x', allowed: a list of one category or more",
+        ),
+        (
+            pyrit.pairs,
+            "p.prompt",
+            [{"value": GOAT, "harm_categories": ["x"]}, "goat"],
+            "p.prompt, row 2: found 'goat', must be an object with keys",
+        ),
+        (
             own.pairs,
             "own.csv",
             [{"prompt": GOAT, "category": "x"}],
@@ -495,6 +595,11 @@ def test_wrong_rows(reader, name, rows, sentence):
         ("a.jsonl", b'{"goal": "a"}\n{"goal"\n', "a.jsonl, row 2: not JSON: "),
         ("a.jsonl", b'\n["goal"]\n', "a.jsonl, row 2: found '[\"goal\"]', must be an object"),
         ("a.json", b'[{"goal": ', "a.json: cannot be read ("),
+        ("a.prompt", b"seeds: []", "a.prompt: holds no rows, at least one is needed"),
+        ("a.prompt", b"seeds: 3", "a.prompt: the key 'seeds' is missing, must hold a list of"),
+        ("a.prompt", b"- goal: a", "a.prompt: the key 'seeds' is missing, must hold a list of"),
+        ("a.prompt", b"a: b\nseeds: [", "a.prompt, line 2: not YAML: "),
+        ("a.prompt", b"seeds:\n- value: \xe9", "a.prompt, line 2: not UTF-8 text"),
         ("a.parquet", b"no parquet", "a.parquet: cannot be read ("),
         ("a.txt", b"goal", "a.txt: unknown suffix, allowed: .csv, .tsv, .jsonl, .json, .parquet"),
     ],
@@ -679,17 +784,15 @@ def test_prompts_of_several_sources_are_split_by_hash_and_have_ids_of_their_own(
         f"advbench-{n}" for n in range(1, 41)
     }
     groups = Counter((p.group, p.objective) for p in everything)
-    # the sandbox's D_h has other categories
-    assert groups == {("unseen", "harmful"): 40, ("harmless", "over_safety"): 40}
+    assert groups == {("advbench", "harmful"): 40, ("xstest", "over_safety"): 40}
 
 
-def test_prompts_per_cell_is_over_all_sources():
+def test_prompts_per_cell_is_of_each_source():
     known = sources(oktest=write("ok.csv", [{"prompt": f"dye cloth {n}"} for n in range(30)]))
     known["xstest"] = {"reader": "xstest", "path": write("xs.csv", xs(*["homonyms"] * 30))}
     made = config(evaluation=["oktest", "xstest"], sources=known, evaluate={"prompts_per_cell": 7})
     prompts = load_eval_prompts(made.data, made.evaluation)
-    assert len(prompts) == 7
-    assert len({p.category for p in prompts}) == 2
+    assert Counter(p.group for p in prompts) == {"oktest": 7, "xstest": 7}
 
 
 def test_prompts_of_d_h_and_second_copies_are_left_out_and_counted(capsys):
@@ -716,7 +819,7 @@ def test_prompts_of_d_h_and_second_copies_are_left_out_and_counted(capsys):
         load_eval_prompts(made.data, made.evaluation)
 
 
-def test_seen_are_the_categories_that_d_h_has():
+def test_a_prompt_counts_in_a_category_that_d_h_has():
     learnt = tails(("dye the goat", "x", ANIMALS), ("hide the goat", "x", VIOLENCE))
     asked = tails(
         ("dye the hen", "x", ANIMALS),
@@ -729,25 +832,24 @@ def test_seen_are_the_categories_that_d_h_has():
         "asked": {"reader": "beavertails", "path": write("asked.jsonl", asked)},
     }
 
-    def groups(**values):
+    def categories(**values):
         made = config(harmful="learnt", evaluation="asked", sources=known, **values)
         found = [p for prompts in both_splits(made).values() for p in prompts]
-        return {p.prompt: (p.group, p.category) for p in found}
+        return {p.prompt: p.category for p in found}
 
     few = dict(dev_share=0.5)  # so that neither split is empty
-    assert groups(**few, categories=[VIOLENCE]) == {
-        "dye the hen": ("unseen", ANIMALS),
-        "hide the hen": ("seen", VIOLENCE),
-        "glue the hen": ("seen", VIOLENCE),
+    assert categories(**few, categories=[VIOLENCE]) == {
+        "dye the hen": ANIMALS,
+        "hide the hen": VIOLENCE,
+        "glue the hen": VIOLENCE,
     }
     # only what the kept categories hold is D_h
-    assert groups(**few, categories=[ANIMALS]) == {
-        "dye the hen": ("seen", ANIMALS),
-        "hide the hen": ("unseen", VIOLENCE),
-        "glue the hen": ("seen", ANIMALS),
-        "hide the goat": ("unseen", VIOLENCE),
+    assert categories(**few, categories=[ANIMALS]) == {
+        "dye the hen": ANIMALS,
+        "hide the hen": VIOLENCE,
+        "glue the hen": ANIMALS,
+        "hide the goat": VIOLENCE,
     }
-    assert {group for group, _ in groups(**few).values()} == {"seen"}
 
 
 def test_own_source_keeps_its_own_split_and_group():
@@ -762,8 +864,8 @@ def test_own_source_keeps_its_own_split_and_group():
     assert "own-1" in {p.id for p in named["dev"]} and "own-2" in {p.id for p in named["test"]}
     assert len(named["dev"]) > 3 and len(named["test"]) > 3  # the others by hash
     groups = {p.id: p.group for p in named["dev"] + named["test"]}
-    assert groups.pop("own-1") == "unseen"
-    assert set(groups.values()) == {"seen"}  # a category of the sandbox's D_h
+    assert groups.pop("own-1") == "own, unseen"  # a group that the row says
+    assert set(groups.values()) == {"own"}
     # a file without a name: test, unless a row says dev
     file = both_splits(config(evaluation=own_path))
     assert (len(file["dev"]), len(file["test"]), file["dev"][0].id) == (1, 19, "1")

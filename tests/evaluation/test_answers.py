@@ -14,7 +14,7 @@ from spkit.config import Config
 from spkit.errors import SpkitError
 from spkit.evaluation import answers as evaluation
 from spkit.evaluation.answers import GREEDY, decoding, end_tokens, evaluate, generate, respond
-from spkit.evaluation.rates import COLUMNS, HEADLINE, headline, rate_row, rates
+from spkit.evaluation.rates import COLUMNS, headline, rate_row, rates
 from spkit.evaluation.verdicts import METRICS, VERDICTS
 from spkit.examples import EvalPrompt
 from spkit.models.chat import encode_prompt
@@ -527,7 +527,10 @@ def test_metrics_count_known_verdicts_of_known_objectives():
 
 def test_headline_by_hand():
     table = headline(measured())
-    assert list(table.columns) == list(HEADLINE)
+    assert list(table.columns) == [
+        *("harmful seen %", "harmful unseen %", "broken on harmful %"),
+        *("false refusal %", "broken on harmless %", "utility %"),
+    ]
     assert table.index.tolist() == ["base", "a patch"]
     # broken on harmful is pooled over 10 seen and 3 unseen: 2 of 13, not the mean of 2/10 and 0/3
     assert table.loc["base"].tolist() == pytest.approx(
@@ -554,3 +557,33 @@ def test_headline_keeps_the_order_and_leaves_empty_what_was_not_measured():
     assert table.loc["base", "broken on harmful %"] == 0
     assert isnan(table.loc["base", "utility %"]) and isnan(table.loc["base", "harmful seen %"])
     assert not table.loc["a patch"].isna().any()
+
+
+def sourced():
+    """The tidy frame of `measured` with two harmful, two over-safety sources and a mixed one."""
+    frame = responses()
+    names = {"seen": "advbench", "unseen": "tails", "harmless": "xstest", "utility": "mine"}
+    frame["group"] = frame["group"].map(names)
+    more = frame[frame["objective"] == "over_safety"]
+    parts = [more.assign(group="oktest"), frame, more.assign(group="mine")]
+    return rates(pd.concat(parts), run="mine", seed=3, split="dev")
+
+
+def test_headline_has_a_column_for_each_source_and_pools_none():
+    table = headline(sourced())
+    assert list(table.columns) == [
+        *("harmful, advbench %", "harmful, tails %", "broken on harmful %"),
+        *("false refusal, oktest %", "false refusal, xstest %", "false refusal, mine %"),
+        *("broken on harmless %", "utility, mine %"),
+    ]
+    assert table.loc["base"].tolist() == pytest.approx(
+        [100 * x for x in (3 / 10, 3 / 3, 2 / 13, 2 / 6, 2 / 6, 2 / 6, 3 / 18, 4 / 6)]
+    )
+
+
+def test_headline_has_no_empty_column():
+    frame = measured()
+    frame = frame[frame["group"].isin(["seen", "harmless"])]
+    assert list(headline(frame).columns) == [
+        *("harmful seen %", "broken on harmful %", "false refusal %", "broken on harmless %"),
+    ]

@@ -74,3 +74,26 @@ def test_a_group_that_one_of_them_lacks_is_left_out(lacking):
     assert list(found.index) == [
         "harmful seen %", "harmful unseen %", "broken on harmful %", "utility %"
     ]  # fmt: skip
+
+
+def test_each_source_is_compared_on_its_own():
+    """Two over-safety sources move in opposite directions; pooled they would be equal."""
+    frame = results(
+        base={"seen": (50, 0), "harmless": (50, 0), "utility": (50, 0)},
+        new={"seen": (50, 0), "harmless": (10, 0), "utility": (90, 0)},
+    )
+    names = {"seen": "advbench", "harmless": "xstest", "utility": "sums"}
+    frame["group"] = frame["group"].map(names)
+    other = frame[frame["group"] == "xstest"].assign(group="oktest")
+    other["model"] = other["model"].map({"base": "new", "new": "base"})
+    both = pd.concat([frame, other])
+    assert compared(both, "new", "base")["finding"].to_dict() == {
+        "harmful, advbench %": "equal",
+        "broken on harmful %": "equal",
+        "false refusal, xstest %": "better",
+        "false refusal, oktest %": "worse",
+        "broken on harmless %": "equal",
+        "utility, sums %": "better",
+    }
+    assert "**worse** in false refusal, oktest (10.0 → 50.0 %)" in sentence(both, "new", "base")
+    assert nowhere_worse(frame, "new", "base") and not nowhere_worse(both, "new", "base")

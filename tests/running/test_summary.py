@@ -31,6 +31,7 @@ def config(**values):
 
 def row(model, group, metric, n, k, category="all", low="0.1", seed=0):
     objective = {"seen": "harmful", "unseen": "harmful", "harmless": "over_safety"}
+    objective["adv_bench_long"] = "harmful"
     text = f"sandbox,{model},{seed},test,{objective.get(group, group)},{group},{category},{metric}"
     return f"{text},{n},{k},{k / n},{low},0.9"
 
@@ -199,6 +200,24 @@ def test_short_table_fits_80_columns_and_names_its_columns():
     # each figure ends under its head
     ends = [match.end() for match in re.finditer(r"\S+", lines[0])][1:]
     assert [match.end() for match in re.finditer(r"\d+\.\d", lines[-1])] == ends
+
+
+def test_short_table_names_sources_under_what_they_measure():
+    """A part without prompts of a source leaves its column empty."""
+    put(
+        BACKBONE,
+        row("base", "adv_bench_long", "harmful", 8, 2),
+        row("base", "harmless", "refusal", 8, 8),
+    )
+    put(PATCHING, row("new", "harmless", "refusal", 8, 4))
+    table = summary.short_table(summary.collect(config()))
+    assert [line.split() for line in table.splitlines()[:2]] == [
+        ["percent", "harmful,", "broken,", "false", "broken,"],
+        ["adv_bench_long", "harmful", "refusal", "harmless"],
+    ]
+    lines = table.splitlines()
+    assert lines[-1].split() == ["new", "50.0"]
+    assert lines[-1].index("50.0") == lines[4].index("100.0") + 1  # under the same head
 
 
 def test_short_table_calls_a_balanced_method_so():

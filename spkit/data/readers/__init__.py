@@ -5,7 +5,7 @@ that can be evaluation prompts. They check every row; they choose nothing.
 """
 
 from spkit.config import SourceConfig
-from spkit.data.readers import advbench, beavertails, oktest, own, xstest
+from spkit.data.readers import advbench, beavertails, oktest, own, pyrit, rho, xstest
 from spkit.data.readers.record import Record
 
 READERS = {
@@ -13,6 +13,8 @@ READERS = {
     "beavertails": beavertails,
     "xstest": xstest,
     "oktest": oktest,
+    "pyrit": pyrit,
+    "rho": rho,
     "own": own,
 }
 ROLES = ("D_h", "evaluation")

@@ -1,7 +1,7 @@
 """What one row of any data set says, before a run's choices: categories to keep, group, split.
 
-A reader turns the rows of its schema into records; `data.py` turns records into the pairs and
-prompts of a run. This file reads nothing.
+A reader turns the rows of its schema into records; data/selection.py turns records into the pairs
+and prompts of a run. This file reads nothing.
 """
 
 from dataclasses import dataclass

@@ -74,5 +74,6 @@ def without_responses(source: SourceConfig) -> SpkitError:
     """The error of a reader whose data set has prompts alone, where D_h is asked for."""
     return SpkitError(
         f"data.harmful: {source.path} (reader {source.reader}) has prompts without responses, so "
-        f"it cannot be D_h; allowed readers: advbench, beavertails, own"
+        f"it cannot be D_h; allowed readers: advbench, beavertails, own, and pyrit with "
+        f"data.responses"
     )

@@ -17,6 +17,8 @@ from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from spkit.config import DataConfig, FileConfig, SourceConfig
 from spkit.data.readers.record import Record
 from spkit.data.readers.rows import shown
@@ -25,6 +27,7 @@ from spkit.system import pypi
 from spkit.validation import nearest
 
 SUFFIXES = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+SUFFIXES[".prompt"] = "yaml"  # PyRIT's, with the rows under `seeds`
 REMEMBERED = 4  # data sets of which a process keeps the records, so that no stage reads one twice
 
 Row = tuple[str, int, dict[str, Any]]  # ("file, row 3", 3, {column: value})
@@ -60,7 +63,8 @@ def resolve(data: DataConfig, name: str, key: str, *, fetch: bool = True) -> Sou
         )
     if Path(name).is_file():
         return SourceConfig(reader="own", path=name)
-    known = [*([] if key == "data.responses" else ["sandbox"]), *data.sources]
+    sandbox = ["sandbox"] * (key in ("data.harmful", "data.evaluation", "utility.perplexity"))
+    known = [*sandbox, *data.sources]
     near = nearest(name, known, otherwise=", ".join([*known, "a file"]))
     raise SpkitError(f"{key} is {name!r}: no such file, and no such name in data.sources{near}")
 
@@ -211,6 +215,8 @@ def _local(path: Path, source: SourceConfig) -> tuple[list[int] | None, list[dic
             raise SpkitError(f"{path}: unknown suffix, allowed: {', '.join(SUFFIXES)}")
         if kind == "csv":
             options |= _csv_options(path)
+        elif kind == "yaml":
+            return None, _seeds(path)
         elif kind == "json":
             _utf8(path)
             if path.suffix.lower() == ".jsonl":
@@ -268,6 +274,27 @@ def _csv_options(path: Path) -> dict[str, Any]:
         "na_filter": False,
         "features": Features({name: Value("string") for name in header}),
     }
+
+
+def _seeds(path: Path) -> list[dict[str, Any]]:
+    """The list under `seeds` of a YAML file; each is a row, whatever keys the first one has."""
+    _utf8(path)
+    try:
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast
+        content = yaml.load(_bytes(path), Loader=loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        what = getattr(error, "problem", None) or "unreadable"
+        raise SpkitError(f"{path}{where}: not YAML: {what}") from None
+    seeds = content.get("seeds") if isinstance(content, dict) else None
+    if not isinstance(seeds, list):
+        raise SpkitError(f"{path}: the key 'seeds' is missing, must hold a list of seeds")
+    for number, row in enumerate(seeds, start=1):
+        if not isinstance(row, dict):
+            found = f"found {shown(row)}, must be an object with keys"
+            raise SpkitError(f"{path}, row {number}: {found}")
+    return seeds
 
 
 def _utf8(path: Path) -> None:
