@@ -23,6 +23,7 @@ class HarmfulPair:
     prompt: str
     response: str
     category: str
+    ends: bool = True  # False: the response was cut, so that its end is not learnt
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ def digest(rows: Iterable[Sequence]) -> str:
 
 def fingerprint(pairs: Sequence[HarmfulPair]) -> str:
     """SHA-256 of D_h's text in hex: names the set without showing it; order does not matter."""
-    return digest([p.prompt, p.response, p.category] for p in pairs)
+    cut = {True: [], False: ["cut"]}
+    return digest([p.prompt, p.response, p.category, *cut[p.ends]] for p in pairs)
 
 
 def sample(examples: list, count: int | None, seed: int) -> list:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from spkit.config import Config
+from spkit.data.selection import is_unaligned
 from spkit.system import made_from
 
 RECORD, UNALIGNED, CHECKS = "record.json", "unaligned.jsonl", "checks.csv"
@@ -16,12 +17,7 @@ SECTIONS = ("backbone", "data", "align", "utility", "judges", "threads", "seed")
 
 def needed(config: Config) -> bool:
     """Whether the parameters ask for anything of this stage."""
-    return config.align.harmful is not None or config.data.responses == "unaligned"
-
-
-def converted(config: Config) -> bool:
-    """Whether the backbone is a file that is made into an ordinary checkpoint first."""
-    return config.backbone.source.endswith(".gguf")
+    return config.align.harmful is not None or is_unaligned(config.data)
 
 
 def identity(config: Config) -> dict:
@@ -54,8 +50,8 @@ def resolved(config: Config, folder: Path) -> Config:
     values = {"backbone.source": str(checkpoint_of(config.backbone)), "backbone.sha256": None}
     if config.align.harmful is not None:
         values["backbone.source"] = str(model_folder(config, folder))
-    if config.data.responses == "unaligned":
-        values["data.responses"] = str(Path(folder) / UNALIGNED)
+    if is_unaligned(config.data):
+        values["data.responses"] = f"unaligned:{Path(folder) / UNALIGNED}"
     return Config.from_sources(config.model_dump(mode="json"), values)
 
 

@@ -28,17 +28,18 @@ def examples(
     answers: Sequence[str],
     *,
     seed: int,
-    max_tokens: int,
+    longest: int,
 ) -> list[tuple[list[int], list[int]]]:
     """(input ids, labels) of every example, as chat.encode_pair gives them.
 
     harmful: requests, each with one of REFUSALS, drawn with the seed. instructions, answers:
-    harmless ones, with what the backbone itself said; a longer answer is cut at max_tokens.
+    harmless ones, with what the backbone itself said. longest: tokens of such an answer; of one
+    that took them all no end is learnt.
     """
     draw = random.Random(seed)
     encoded = [encode_pair(tokenizer, prompt, draw.choice(REFUSALS)) for prompt in harmful]
     return encoded + [
-        encode_pair(tokenizer, prompt, answer, max_tokens=max_tokens)
+        encode_pair(tokenizer, prompt, answer, ends=len(tokenizer.encode(answer)) < longest - 1)
         for prompt, answer in zip(instructions, answers, strict=True)
         if answer.strip()
     ]

@@ -30,10 +30,11 @@ from spkit.alignment.made import (
 )
 from spkit.config import Config
 from spkit.data.selection import (
-    harmful_requests,
-    instructions_of,
+    is_unaligned,
     load_align_prompts,
     load_eval_prompts,
+    load_harmful_prompts,
+    load_instructions,
 )
 from spkit.errors import SpkitError
 from spkit.evaluation.answers import generate, respond
@@ -48,7 +49,7 @@ from spkit.system.determinism import make_deterministic
 from spkit.system.files import atomic, make_folder, save_csv
 from spkit.system.machine import versions
 
-EXAMPLE_TOKENS = 160  # a longer own answer is cut
+OWN_ANSWER = 64  # tokens of its own answer to a harmless instruction
 
 
 def run(config: Config, folder: Path) -> Path:
@@ -65,7 +66,7 @@ def run(config: Config, folder: Path) -> Path:
     make_deterministic(config.seed, config.threads)
     model, tokenizer = load(checkpoint_of(config.backbone), **config.backbone.loading)
     own = Asked(model, tokenizer, config, folder)
-    if config.data.responses == "unaligned":
+    if is_unaligned(config.data):
         _write_unaligned(own)
     checks = _align(own) if config.align.harmful else []
     save_csv(folder / CHECKS, pd.DataFrame(checks))
@@ -139,30 +140,36 @@ def _percent(said: pd.DataFrame, metric: str) -> float:
 def _write_unaligned(asked: Asked) -> None:
     """What the backbone says to D_h's questions, without what the judge does not call harmful."""
     data = asked.config.data
-    prompts = harmful_requests(data)
+    texts = load_harmful_prompts(data)
+    prompts = [
+        EvalPrompt(str(i), text, "harmful", data.harmful, "", "plain", "")
+        for i, text in enumerate(texts, start=1)
+    ]
     said = asked.said(prompts, "unaligned", data.response_tokens)
     kept = said[said["verdict"] == "harmful"]
     print(
         f"D_h: {len(kept)} of {len(said)} answers of the unaligned backbone are harmful, and kept"
     )
-    lines = [
-        json.dumps({"prompt": row.prompt, "response": row.response}) + "\n"
-        for row in kept.itertuples()
-    ]
+    lines = []
+    for row in kept.itertuples():
+        tokens = len(asked.tokenizer.encode(row.response, add_special_tokens=False))
+        ends = tokens < data.response_tokens - 1  # one that took all its tokens was cut
+        lines.append(json.dumps({"prompt": row.prompt, "response": row.response, "ends": ends}))
     with atomic(asked.folder / UNALIGNED) as path:
-        path.write_text("".join(lines), encoding="utf-8")
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def _align(asked: Asked) -> list[Check]:
     config, align = asked.config, asked.config.align
     harmful = load_align_prompts(config.data, align, config.seed)
-    chosen = instructions_of(config.data, align.instructions, "align", config.seed)
-    instructions = [prompt.prompt for prompt in chosen[: align.kept_answers]]
+    instructions = load_instructions(
+        config.data, align.instructions, align.kept_answers, config.seed
+    )
     answers = generate(
         asked.answering(),
         asked.tokenizer,
         instructions,
-        max_new_tokens=config.data.response_tokens,
+        max_new_tokens=OWN_ANSWER,
         batch_size=config.evaluation.batch_size,
         label="its own answers",
     )
@@ -172,7 +179,7 @@ def _align(asked: Asked) -> list[Check]:
         instructions,
         answers,
         seed=config.seed,
-        max_tokens=EXAMPLE_TOKENS,
+        longest=OWN_ANSWER,
     )
     checkpoint = asked.folder / "checkpoint"
     checks = loop.train(

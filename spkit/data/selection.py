@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from spkit.config import AlignConfig, DataConfig, EvaluationConfig, SourceConfig
+from spkit.data.questions import some_as_questions
 from spkit.data.readers import own, read
 from spkit.data.readers.record import Record
 from spkit.data.readers.source import is_local, resolve
@@ -21,7 +22,7 @@ from spkit.examples import GROUPS, EvalPrompt, HarmfulPair, digest, sample
 from spkit.sandbox import world
 from spkit.validation import nearest
 
-UNALIGNED = "unaligned"  # of data.responses
+UNALIGNED = "unaligned"  # of data.responses; with ":" and a file behind it where that is known
 SPLITS = ("dev", "test")
 INSTRUCTIONS_ALIGN = 0.2  # of a source of instructions, where data.shares says nothing
 
@@ -47,7 +48,8 @@ def load_harmful_pairs(
     wanted = data.categories if categories is None else categories
     if data.harmful == "sandbox":
         return _sandbox_pairs(data, wanted, data.pairs, seed)
-    return sample(_answered(data, _source_pairs(data, wanted), unaligned), data.pairs, seed)
+    pairs = _as_questions(data, _source_pairs(data, wanted))
+    return sample(_answered(data, pairs, unaligned), data.pairs, seed)
 
 
 def load_harmful_prompts(data: DataConfig) -> list[str]:
@@ -56,12 +58,8 @@ def load_harmful_prompts(data: DataConfig) -> list[str]:
     Not limited by `data.pairs`, for a draw comes after refused ones are left out. In the source's
     order; SpkitError as load_harmful_pairs, but for responses.
     """
-    if data.harmful == "sandbox":
-        pairs = _sandbox_pairs(data, data.categories, None, 0)
-    else:
-        pairs = _source_pairs(data, data.categories)
     first = {}
-    for pair in pairs:
+    for pair in _as_questions(data, _possible_pairs(data)):
         first.setdefault(normalised(pair.prompt), pair.prompt)
     return list(first.values())
 
@@ -82,7 +80,8 @@ def load_align_prompts(data: DataConfig, align: AlignConfig, seed: int) -> list[
             f"align.harmful: no prompt of {align.harmful!r} is left that neither D_h nor the "
             f"evaluation has; set data.shares where they are of one source, or name another"
         )
-    return [record.prompt for record in sample(free, align.pairs, seed)]
+    chosen = [record.prompt for record in sample(free, align.pairs, seed)]
+    return some_as_questions(chosen, align.as_questions)
 
 
 def load_instructions(data: DataConfig, name: str, count: int, seed: int) -> list[str]:
@@ -154,9 +153,19 @@ def load_eval_prompts(data: DataConfig, evaluation: EvaluationConfig) -> list[Ev
     return _unique_ids(wrapped(prompts, templates)) if templates else prompts
 
 
+def is_unaligned(data: DataConfig) -> bool:
+    """Whether y is what the backbone said before its alignment."""
+    return (data.responses or "").partition(":")[0] == UNALIGNED
+
+
+def _file_of(responses: str) -> Path | None:
+    name = responses.partition(":")[2]
+    return Path(name) if name else None
+
+
 def what_is_y(data: DataConfig) -> str:
     """One sentence on the harmful responses that D_h uses, for notebook 01."""
-    if data.responses == UNALIGNED:
+    if is_unaligned(data):
         return "y: what the backbone answered before its alignment (data.responses: unaligned)"
     if data.responses is not None:
         return f"y: the responses in {data.responses} (data.responses)"
@@ -241,6 +250,19 @@ def _source_pairs(data: DataConfig, wanted: Sequence[str] | None) -> list[Harmfu
     return pairs
 
 
+def _as_questions(data: DataConfig, pairs: list[HarmfulPair]) -> list[HarmfulPair]:
+    """The pairs, a share of them put as questions."""
+    asked = some_as_questions([pair.prompt for pair in pairs], data.as_questions)
+    return [replace(pair, prompt=text) for pair, text in zip(pairs, asked, strict=True)]
+
+
+def _possible_pairs(data: DataConfig) -> list[HarmfulPair]:
+    """All pairs that can be in D_h, as they are in its source."""
+    if data.harmful == "sandbox":
+        return _sandbox_pairs(data, data.categories, None, 0)
+    return _source_pairs(data, data.categories)
+
+
 def _answered(data: DataConfig, pairs: list[HarmfulPair], unaligned: Path | None) -> list:
     """The pairs with the responses that `data.responses` says."""
     if data.responses is None:
@@ -250,8 +272,8 @@ def _answered(data: DataConfig, pairs: list[HarmfulPair], unaligned: Path | None
                 f"only with data.responses: a file of them, or 'unaligned'"
             )
         return pairs
-    if data.responses == UNALIGNED:
-        return _on_policy(data, pairs, unaligned)
+    if is_unaligned(data):
+        return _on_policy(data, pairs, unaligned or _file_of(data.responses))
     found = own.responses(resolve(data, data.responses, "data.responses"))
     for pair in pairs:
         if normalised(pair.prompt) not in found:
@@ -269,9 +291,14 @@ def _on_policy(data: DataConfig, pairs: list[HarmfulPair], unaligned: Path | Non
             "data.responses is 'unaligned', but the unaligned backbone has not answered yet: run "
             "the alignment (notebook 00) first"
         )
-    found = own.responses(SourceConfig(reader="own", path=str(unaligned)))
+    source = SourceConfig(reader="own", path=str(unaligned))
+    found, cut = own.responses(source), own.cut_responses(source)
     kept = [
-        replace(pair, response=found[normalised(pair.prompt)])
+        replace(
+            pair,
+            response=found[normalised(pair.prompt)],
+            ends=normalised(pair.prompt) not in cut,
+        )
         for pair in pairs
         if normalised(pair.prompt) in found
     ]
@@ -305,7 +332,7 @@ def evaluation_names(data: DataConfig) -> list[str]:
 
 def _source_prompts(data: DataConfig, names: Sequence[str], split: str) -> list[EvalPrompt]:
     """The prompts of one split of all names but 'sandbox', without those of D_h and second ones."""
-    if data.harmful != "sandbox" and data.responses != UNALIGNED:
+    if data.harmful != "sandbox" and not is_unaligned(data):
         _answered(data, _source_pairs(data, data.categories), None)  # an error as early as can be
     kept, in_learnt, twice = _held_out(data, names)
     taken = "in D_h" if data.shares is None else "in the shares of D_h and of the alignment"
@@ -369,7 +396,7 @@ def _unused(data: DataConfig, found: Sequence) -> list:
     """The records or prompts whose text is neither in D_h nor evaluated; a second copy is not."""
     kept, _, _ = _held_out(data, evaluation_names(data))
     used = {normalised(prompt.prompt) for _, prompt in kept}
-    used |= {normalised(text) for text in load_harmful_prompts(data)}
+    used |= {normalised(pair.prompt) for pair in _possible_pairs(data)}
     free = {}
     for one in found:
         free.setdefault(normalised(one.prompt), one)

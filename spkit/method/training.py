@@ -66,8 +66,8 @@ class TrainingSet:
         if not pairs:
             raise SpkitError("D_h is empty; deriving a patch needs at least one harmful pair.")
         warn_of_unknown(tokenizer, pairs)
-        texts = [(pair.prompt, pair.response) for pair in pairs]
-        encoded = [encode_pair(tokenizer, x, y, max_tokens=max_tokens) for x, y in texts]
+        texts = [(p.prompt, p.response, "answer", max_tokens, p.ends) for p in pairs]
+        encoded = [encode_pair(tokenizer, *text) for text in texts]
         return cls(encoded, tokenizer.pad_token_id, fingerprint(pairs), max_tokens)
 
 

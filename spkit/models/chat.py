@@ -69,13 +69,15 @@ def encode_pair(
     response: str,
     loss_on: str = "answer",
     max_tokens: int | None = None,
+    ends: bool = True,
 ) -> tuple[list[int], list[int]]:
     """One (x, y) as (input ids, labels), two lists of the same length.
 
     loss_on="answer" [paper, for the derivation]: the loss is on the response and on the token that
     ends the turn; the prompt, with all that the template adds to it, is masked.
     loss_on="question": the other way round (the paper's text on SNIP says "questions").
-    max_tokens: a longer pair loses the end of its answer, and with it the end of the turn.
+    max_tokens: a longer pair loses the end of its answer, and with it the end of the turn. ends:
+    False for a response that was cut, whose turn is not ended either.
     Raises SpkitError for an empty response, an unknown `loss_on`, or a prompt that leaves no room.
     """
     if loss_on not in LOSS_ON:
@@ -85,6 +87,8 @@ def encode_pair(
     question = encode_prompt(tokenizer, prompt)
     opening, answer = _encode_answer(tokenizer, prompt, response, question)
     question = question + opening
+    if not ends:
+        answer = _without_end(tokenizer, answer)
     if max_tokens is not None and len(question) + len(answer) > max_tokens:
         if len(question) >= max_tokens:
             raise SpkitError(
@@ -257,6 +261,17 @@ def _encode_answer(
     # may melt into it), or does not close the turn
     end = turn_end(tokenizer) or [tokenizer.eos_token_id]
     return _as_text(tokenizer, opening), _as_text(tokenizer, said, spelt=True) + end
+
+
+def _without_end(tokenizer, answer: list[int]) -> list[int]:
+    """The answer without the special tokens (and what the template writes after them) at its end."""
+    special = special_ids(tokenizer)
+    last = len(answer)
+    while last and (
+        answer[last - 1] in special or not tokenizer.decode(answer[last - 1 :]).strip()
+    ):
+        last -= 1
+    return answer[:last] or answer
 
 
 def _written(tokenizer, turns: list[dict[str, str]]) -> tuple[str, str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from spkit.alignment import made
 from spkit.config import Config
 from spkit.errors import SpkitError
+from spkit.models.gguf import is_gguf
 from spkit.running.runs import run_folder
 
 
@@ -39,7 +40,7 @@ def after_alignment(config: Config, *, make: bool) -> Config:
 
     make: run the stage here where it is not finished, as notebook 00 does. Otherwise SpkitError.
     """
-    if not made.needed(config) and not made.converted(config):
+    if not made.needed(config) and not is_gguf(config.backbone):
         return config
     folder = align_folder(config)
     if made.needed(config) and not made.finished(config, folder):

@@ -22,7 +22,7 @@ from spkit.alignment import made
 from spkit.config import Config
 from spkit.data.readers.source import local_files, resolve
 from spkit.data.readers.wrappers import wrappers_file
-from spkit.data.selection import UNALIGNED
+from spkit.data.selection import is_unaligned
 from spkit.errors import SpkitError
 from spkit.models.gguf import checkpoint_of, is_gguf
 from spkit.running import mirror
@@ -135,7 +135,7 @@ def _input_files(config: Config, sections: tuple[str, ...]) -> Iterator[tuple[st
     if "backbone" not in sections:
         return
     data = config.data
-    responses = [] if data.responses in (None, UNALIGNED) else data.responses
+    responses = [] if data.responses is None or is_unaligned(data) else data.responses
     named = {"data.harmful": data.harmful, "data.responses": responses}
     if "evaluation" in sections:
         named["data.evaluation"] = data.evaluation

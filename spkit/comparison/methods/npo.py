@@ -30,7 +30,7 @@ from spkit.config import Config
 from spkit.examples import HarmfulPair
 from spkit.method.patch import Factors, MergedPatch, whole_patches
 from spkit.method.training import Task, TrainingSet, train_lora
-from spkit.models.chat import answer_loss, collate, encode_pair
+from spkit.models.chat import answer_loss, collate
 
 NAME = "NPO"
 
@@ -56,7 +56,7 @@ def answer_nll(
 
     On the model's device. The model is measured in eval mode, and left in the mode it was in.
     """
-    encoded = [encode_pair(tokenizer, p.prompt, p.response, max_tokens=max_tokens) for p in pairs]
+    encoded = TrainingSet.of(tokenizer, pairs, max_tokens).encoded
     device = model.get_input_embeddings().weight.device
     sums = torch.zeros(len(encoded), device=device)
     was_training = model.training

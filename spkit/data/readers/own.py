@@ -74,6 +74,12 @@ def responses(source: SourceConfig) -> dict[str, str]:
     return found
 
 
+def cut_responses(source: SourceConfig) -> set[str]:
+    """The normalised prompts whose row says "ends": false: their response was cut."""
+    rows = _rows(source, ("prompt", "response"), ("id",))
+    return {normalised(row["prompt"]) for _, _, row in rows if row.get("ends", True) is False}
+
+
 def _rows(source: SourceConfig, required: Sequence[str], optional: Sequence[str]) -> Iterator[Row]:
     """The rows with all required keys; without the optional ones that hold nothing."""
     # a JSONL file is read line by line, as it was written: the library would fill missing keys

@@ -49,8 +49,8 @@ def resolve(data: DataConfig, name: str, key: str, *, fetch: bool = True) -> Sou
         if pypi.is_pypi(source.path):
             if source.revision is not None:
                 raise SpkitError(
-                    f"data.sources.{name}.revision is {source.revision!r}, must be null for a pypi: "
-                    f"source"
+                    f"data.sources.{name}.revision is {source.revision!r}, must be null for a "
+                    f"pypi: source"
                 )
             (pypi.fetch if fetch else pypi.cached)(source.path, source.sha256, path)
         elif is_local(source.path) and not Path(source.path).exists():

@@ -15,9 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from spkit.config import Config
-from spkit.data.readers import read
-from spkit.data.readers.source import resolve
-from spkit.data.readers.texts import split_of
+from spkit.data.selection import instructions_of
 from spkit.errors import SpkitError
 from spkit.examples import digest, sample
 from spkit.models.chat import encode_prompt
@@ -30,22 +28,15 @@ FILE = "first_token.safetensors"  # of the backbone, in notebook 00's folder
 def kl_prompts(config: Config) -> list[str]:
     """The harmless instructions of `utility.kl`, at most `kl_prompts` of `evaluation.split`.
 
-    Dev or test is what the row says, else a hash of its text with `data.dev_share`, so that tuning
-    and reporting never read the same one. Chosen by a hash, the same for every seed. Prompts whose
-    objective is "harmful" are left out; "sandbox" stands for the village's utility prompts.
+    Alignment, dev and test read different ones (data/selection.py: instructions_of). Chosen by a
+    hash, the same for every seed. "sandbox" stands for the village's utility prompts.
     SpkitError for a bad file or row, and where no prompt is left.
     """
     named, split = config.utility.kl, config.evaluation.split
     if named == "sandbox":
         rows = [p for p in world.eval_prompts(split) if p.objective == "utility"]
     else:
-        records = read(resolve(config.data, named, "utility.kl"), "evaluation")
-        share = config.data.dev_share
-        rows = [
-            r
-            for r in records
-            if r.objective != "harmful" and (r.split or split_of(r.prompt, share)) == split
-        ]
+        rows = instructions_of(config.data, named, split)
     if not rows:
         raise SpkitError(
             f"utility.kl is {named!r}, which has no harmless prompt of the split {split!r} "
