@@ -264,7 +264,7 @@ def _encode_answer(
 
 
 def _without_end(tokenizer, answer: list[int]) -> list[int]:
-    """The answer without the special tokens (and what the template writes after them) at its end."""
+    """The answer without the special tokens at its end and what the template writes after them."""
     special = special_ids(tokenizer)
     last = len(answer)
     while last and (
