@@ -553,3 +553,26 @@ def test_files_of_tasks_and_open_questions_decide_a_result(tmp_path):
     third = digest()
     assert first["utility.include_path"] != second["utility.include_path"]
     assert second["utility.mt_bench.prompts"] != third["utility.mt_bench.prompts"]
+
+
+def test_files_of_utility_sources_and_of_kl_decide_a_result(tmp_path):
+    arrow, calm = tmp_path / "piqa.arrow", tmp_path / "calm.jsonl"
+    arrow.write_text("one")
+    calm.write_text("one")
+    values = {
+        "data": {"sources": {"calm": {"reader": "own", "path": str(calm)}}},
+        "utility": {"kl": "calm", "sources": {"piqa": {"path": str(arrow)}}},
+    }
+
+    def digest():
+        return identity(Config.from_sources(values), BACKBONE)["files"]
+
+    first = digest()
+    arrow.write_text("two")
+    second = digest()
+    calm.write_text("two")
+    third = digest()
+    changed = [
+        {key for key in b if a[key] != b[key]} for a, b in ((first, second), (second, third))
+    ]
+    assert changed == [{"utility.sources.piqa"}, {"utility.kl"}]
