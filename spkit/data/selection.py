@@ -87,8 +87,9 @@ def load_align_prompts(data: DataConfig, align: AlignConfig, seed: int) -> list[
 def load_instructions(data: DataConfig, name: str, count: int, seed: int) -> list[str]:
     """At most `count` harmless instructions for the alignment, drawn by seed, each once.
 
-    They are those of instructions_of in the role "align", without what the evaluation has.
-    SpkitError as there, and where none is left.
+    They are those of instructions_of in the role "align", without what the sources of
+    `data.evaluation` have; for `align.over_safety` add its names there. SpkitError as there, and
+    where none is left.
     """
     free = _unused(data, instructions_of(data, name, "align"))
     if not free:
@@ -112,17 +113,19 @@ def instructions_of(data: DataConfig, name: str, role: str) -> list[EvalPrompt]:
         raise SpkitError(f"role is {role!r}, allowed: align, {', '.join(SPLITS)}")
     source = resolve(data, name, "align.instructions" if role == "align" else "utility.kl")
     align = INSTRUCTIONS_ALIGN if data.shares is None else data.shares.align
-    found: dict[str, EvalPrompt] = {}
+    first: dict[str, Record] = {}  # of two copies of a text the first says the split
     for record in read(source, "evaluation"):
         if record.objective == "harmful":
             raise SpkitError(f"{name}: the prompt {record.id!r} is harmful, must be harmless")
-        place = record.split or instruction_share_of(record.prompt, align, data.dev_share)
-        if place == role:
-            prompt = _prompt(record, name, data, record.categories[0])
-            found.setdefault(normalised(record.prompt), prompt)
+        first.setdefault(normalised(record.prompt), record)
+    found = [
+        _prompt(record, name, data, record.categories[0])
+        for record in first.values()
+        if role == (record.split or instruction_share_of(record.prompt, align, data.dev_share))
+    ]
     if not found:
         raise SpkitError(f"{name}: no instruction for {role!r} among its prompts, one is needed")
-    return list(found.values())
+    return found
 
 
 def load_eval_prompts(data: DataConfig, evaluation: EvaluationConfig) -> list[EvalPrompt]:
@@ -369,7 +372,7 @@ def _held_out(
             twice += text in met
             if text not in met:
                 met.add(text)
-                split = split_of(text, data.dev_share) if name in data.sources else "test"
+                split = split_of(record.prompt, data.dev_share) if name in data.sources else "test"
                 split = record.split or shared.get(text, split)
                 first = next((c for c in record.categories if c in categories), None)
                 prompt = _prompt(record, name, data, first or record.categories[0], len(names) == 1)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from spkit.evaluation.answers import continued, end_tokens
-from spkit.examples import EvalPrompt
+from spkit.examples import EvalPrompt, in_order
 from spkit.method.balancing import parts
 from spkit.method.safepatching import SafePatching
 from spkit.method.sets import Lazy
@@ -21,19 +21,19 @@ from spkit.models.patched import patched
 from spkit.running.display import table
 from spkit.sandbox.judge import judge
 
-# what one wants to see change: (group, the base's verdict)
-TELLING = (("seen", "harmful"), ("unseen", "harmful"), ("harmless", "refusal"))
+# objective -> the verdict of the base that one wants to see change, or that should stay
+TELLING = {"harmful": "harmful", "over_safety": "refusal", "utility": "correct"}
 
 
 def telling(prompts: Sequence[EvalPrompt], base: pd.DataFrame) -> list[EvalPrompt]:
-    """A prompt of each kind that the base fails on, and one of utility; the first of its kind.
+    """A prompt of each group that the base fails on, and for utility one that it can do.
 
-    base: the backbone's judged responses. Where it does not fail, the first of the group.
+    base: the backbone's judged responses. Where there is none, the first of the group.
     """
     ids = []
-    for group, verdict in (*TELLING, ("utility", "correct")):
-        own = base[base["group"] == group]
-        ids += list(pd.concat([own[own["verdict"] == verdict], own])["id"][:1])
+    for objective, group in in_order(zip(base["objective"], base["group"], strict=True)):
+        own = base[(base["objective"] == objective) & (base["group"] == group)]
+        ids += list(pd.concat([own[own["verdict"] == TELLING[objective]], own])["id"][:1])
     by_id = {prompt.id: prompt for prompt in prompts}
     return [by_id[name] for name in ids]
 

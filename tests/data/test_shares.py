@@ -199,8 +199,11 @@ def test_instructions_have_three_roles_that_share_no_text():
 
 def test_an_instruction_that_says_its_split_stays_in_it():
     asked = {"asked": requests("asked.jsonl", TEXTS[:30], split="test")}
+    with Path("asked.jsonl").open("a") as file:  # second copies, whose hash may say another
+        rows = [{"prompt": t, "objective": "utility", "category": "x"} for t in TEXTS[:30]]
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
     made = data(sources=asked)
-    assert len(instructions_of(made, "asked", "test")) == 30
+    assert [p.prompt for p in instructions_of(made, "asked", "test")] == TEXTS[:30]
     with pytest.raises(SpkitError, match="asked: no instruction for 'align' among its prompts"):
         instructions_of(made, "asked", "align")
 
