@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[1]
 ORDER = (
     *("errors", "validation", "config", "examples"),
     *("system", "models", "sandbox", "data", "method", "evaluation", "figures"),
-    *("alignment", "patchfile", "running", "comparison", "study", "api", "spkit", "cli"),
+    *("alignment", "patchfile", "running", "comparison", "tuning", "study"),
+    *("api", "spkit", "cli"),
 )
 METHOD_LINES = 1900
 FUNCTION_LINES, ARGUMENTS = 45, 6

@@ -3,13 +3,14 @@
     front.py         the app, its help, how errors and Ctrl-C end a command
     run.py           run, seeds, experiment, report, memory, ask
     study.py         align, study
+    tune.py          tune
     patch_files.py   make, inspect, apply, verify, revert, stack, card
 
 A module imports what a command needs when the command runs: patch files need neither torch nor
 pandas, and `spkit -h` is there at once.
 """
 
-from spkit.cli import patch_files, run, study  # noqa: F401  their commands register themselves
+from spkit.cli import patch_files, run, study, tune  # noqa: F401  their commands register
 from spkit.cli.front import app
 
 __all__ = ["app"]

@@ -14,7 +14,7 @@ from spkit.cli.patch_files import SANDBOX
 
 ROOT = Path(__file__).parents[2]
 GROUPS = {
-    RUN: "run seeds experiment report memory ask".split(),
+    RUN: "run seeds experiment report memory ask tune".split(),
     PATCH_FILES: "make inspect apply verify revert stack card".split(),
 }
 COMMANDS = [name for names in GROUPS.values() for name in names]

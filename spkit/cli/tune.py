@@ -1,0 +1,33 @@
+"""The command that finds the settings.
+
+spkit tune params/x.yaml --trials 100     on the dev prompts: trials, a figure, a params file
+"""
+
+from typing import Annotated
+
+import typer
+
+from spkit.cli.front import RUN, command
+from spkit.cli.run import Override, Params, RunName, Seed
+
+
+@command(RUN, "find the settings of a method for a backbone, on dev", "run")
+def tune(
+    params: Params,
+    seed: Seed = None,
+    run_name: RunName = None,
+    override: Override = None,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="instead of tuning.trials; more keep those there are")
+    ] = None,
+) -> None:
+    """Find the settings of `tuning.method` for a backbone, on its dev prompts.
+
+    Many settings are tried by a fast objective, the best are answered and judged, one is chosen by
+    a stated rule and written as a params file. After an interruption the same command resumes.
+    """
+    from spkit.running import walkthrough
+    from spkit.tuning.run import tune as run
+
+    given = walkthrough.overrides(override or [], seed=seed, run_name=run_name)
+    run(params, given if trials is None else given | {"tuning.trials": trials})
