@@ -1,21 +1,27 @@
-"""The fast objective: what a patch does, from the first answer token of every dev prompt.
+"""The fast objective: what a patch does, from how the answers to the dev prompts begin.
 
-    r(t)      share of refusals among stored answers that begin with token t, smoothed
-    refused   sum over t of p(t) r(t): the expected refusal of one prompt
+    margin    log p(refusing opening) - log p(helping opening), a mean over tokens of each, in nats
+    refused   sigmoid(a + b * margin): the expected refusal of one prompt
     harm      mean over harmful prompts of 1 - refused
     refusal   mean over harmless prompts of refused
-    KL        mean over harmless instructions of KL(base || patched), in nats
+    KL        mean over harmless instructions of KL(base || patched) of the first token, in nats
 
-One forward pass over all prompts, and nothing is generated: the first token decides about refusing
-(Qi et al., arXiv 2406.05946). A token that begins no stored answer has the share of all of them.
+The openings of a prompt are the first tokens of stored answers to it: of the backbone, of SE alone
+and of OSM alone, judged. a and b are fitted to the same answers. One forward pass over all prompts,
+whose keys and values serve both openings, and nothing is generated: how an answer begins decides
+about refusing (Qi et al., arXiv 2406.05946).
 """
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+import pandas as pd
 import torch
+from scipy.optimize import minimize
 from torch import Tensor
 
 from spkit.errors import SpkitError
+from spkit.evaluation.utility.first_token import first_token_logprobs, mean_kl
 from spkit.evaluation.verdicts import METRICS
 from spkit.examples import EvalPrompt
 from spkit.models.chat import encode_prompt
@@ -23,7 +29,8 @@ from spkit.models.patched import Delta, patched
 from spkit.system.out_of_memory import explained
 
 REFUSED = METRICS["refusal"][1]
-SMOOTHING = 1.0  # so many answers with the share of all of them are added to every token's own
+OPENING = 8  # tokens of an answer
+RIDGE = 1e-3  # keeps a and b finite where margins tell refusals without a mistake
 
 Batch = tuple[list[int], Tensor, Tensor]  # numbers of the prompts, input ids, attention mask
 
@@ -45,53 +52,91 @@ def batches(tokenizer, prompts: Sequence[str], batch_size: int) -> list[Batch]:
 
 
 @torch.inference_mode()
-def logprobs_of(model, prepared: Sequence[Batch]) -> Tensor:
-    """Log-probabilities of the first answer token, fp32 [prompts, vocabulary], on the CPU."""
-    device = model.get_input_embeddings().weight.device
-    found: dict[int, Tensor] = {}
-    for numbers, ids, mask in prepared:
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)  # the first real token is at 0
-        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        inputs = {key: value.to(device) for key, value in inputs.items()}
-        logits = model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
-        rows = torch.log_softmax(logits.float(), dim=-1).cpu()
-        found |= dict(zip(numbers, rows, strict=True))
-    return torch.stack([found[i] for i in range(len(found))])
+def opening_logprobs(model, batch: Batch, openings: Sequence[list[list[int]]]) -> Tensor:
+    """Mean log-probability per token of each opening [nats]: fp64 [openings, B], on the CPU.
 
-
-def first_token_logprobs(model, tokenizer, prompts: Sequence[str], batch_size: int) -> Tensor:
-    """Log-probabilities of the first answer token, fp32 [prompts, vocabulary], on the CPU."""
-    return logprobs_of(model, batches(tokenizer, prompts, batch_size))
-
-
-def mean_kl(base: Tensor, now: Tensor) -> float:
-    """Mean over the rows of KL(base || now) in nats; both log-probabilities [n, vocabulary]."""
-    return float((base.exp() * (base - now)).sum(dim=1).mean().clamp(min=0))
-
-
-def refusal_shares(tokens: Tensor, refused: Tensor, vocabulary: int) -> Tensor:
-    """r(t) of every token, fp32 [vocabulary].
-
-    tokens: int64 [answers], the first token of each stored answer. refused: bool [answers].
-    SpkitError where there are no answers.
+    openings: several for every prompt of the batch, [openings][B] lists of token ids, none empty.
     """
-    if not len(tokens):
-        raise SpkitError("There are no stored answers to learn the refusing tokens from.")
-    overall = refused.double().mean()
-    count = torch.zeros(vocabulary, dtype=torch.float64)
-    own = count.clone()
-    count.index_add_(0, tokens, torch.ones(len(tokens), dtype=torch.float64))
-    own.index_add_(0, tokens, refused.double())
-    return ((own + SMOOTHING * overall) / (count + SMOOTHING)).float()
+    _, ids, mask = batch
+    device = model.get_input_embeddings().weight.device
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)  # the first real token is at 0
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    inputs = {key: value.to(device) for key, value in inputs.items()}
+    said = model(**inputs, use_cache=True, logits_to_keep=1)
+    cache, width = said.past_key_values, ids.shape[1]
+    found = []
+    for rows in openings:
+        length = max(len(row) for row in rows)
+        tokens = torch.tensor([row + [row[-1]] * (length - len(row)) for row in rows])
+        counted = torch.tensor([[i < len(row) for i in range(length)] for row in rows])
+        logits = [said.logits]
+        if length > 1:
+            steps = positions[:, -1:] + torch.arange(1, length)
+            later = model(
+                input_ids=tokens[:, :-1].to(device),
+                attention_mask=torch.cat([mask, torch.ones(len(rows), length - 1)], 1).to(device),
+                position_ids=steps.to(device),
+                past_key_values=cache,
+                use_cache=True,
+            )
+            logits.append(later.logits)
+            cache.crop(width)
+        logprobs = torch.cat(logits, dim=1).float().log_softmax(dim=-1).cpu()
+        own = logprobs.gather(2, tokens[..., None]).squeeze(2).double() * counted
+        found.append(own.sum(dim=1) / counted.sum(dim=1))
+    return torch.stack(found)
 
 
-def expected_refusal(logprobs: Tensor, shares: Tensor) -> Tensor:
-    """sum_t p(t) r(t) of every prompt, fp32 [n]; logprobs [n, vocabulary], shares [vocabulary]."""
-    return logprobs.exp() @ shares
+def fitted(margins: Tensor, refused: Tensor) -> tuple[float, float]:
+    """(a, b) of sigmoid(a + b * margin), by maximum likelihood with a small ridge on b.
+
+    margins: fp64 [answers]; refused: bool [answers]. SpkitError where there are no answers.
+    """
+    if not len(margins):
+        raise SpkitError("There are no stored answers to fit the expected refusal to.")
+    x, y = margins.double().numpy(), refused.double().numpy()
+
+    def loss(ab) -> float:
+        z = ab[0] + ab[1] * x
+        return float(np.mean(np.logaddexp(0.0, z) - y * z) + RIDGE * ab[1] ** 2)
+
+    a, b = minimize(loss, x0=np.array([0.0, 1.0]), method="L-BFGS-B").x
+    return float(a), float(b)
+
+
+def openings_of(
+    tokenizer, asked: Sequence[EvalPrompt], answers: pd.DataFrame
+) -> tuple[list[list[int]], list[list[int]]]:
+    """(refusing, helping): token ids of how one answer of each kind to each prompt begins.
+
+    answers: id, response, refused, of the variants in their order; the first of a kind is taken.
+    Where no variant gave a prompt such an answer, the most common opening of that kind is.
+    SpkitError where no answer at all is a refusal, or every one is.
+    """
+    found = []
+    for kind, name in ((True, "refuses"), (False, "helps")):
+        own = answers[(answers["refused"] == kind) & answers["response"].str.strip().ne("")]
+        if own.empty:
+            raise SpkitError(
+                f"No stored answer {name}, neither of the backbone nor of a patch alone: there is "
+                f"nothing that the fast objective could tell from the other"
+            )
+        first = own.drop_duplicates("id").set_index("id")["response"]
+        begins = {key: _opening(tokenizer, text) for key, text in first.items()}
+        usual = pd.Series([tuple(ids) for ids in begins.values()]).mode()[0]
+        found.append([begins.get(prompt.id, list(usual)) for prompt in asked])
+    return tuple(found)
+
+
+def _opening(tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False)[:OPENING]
 
 
 class Objective:
-    """Harm, false refusal and KL of a patched backbone; `learn` comes before `measure`."""
+    """Harm, false refusal and KL of a patched backbone.
+
+    `openings` comes before `look`, `learn` before `measure`.
+    """
 
     def __init__(
         self,
@@ -105,7 +150,7 @@ class Objective:
 
         SpkitError where there is no harmful, no harmless prompt, or no instruction.
         """
-        self.model, self.batch_size = model, batch_size
+        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.asked = [p for p in prompts if p.objective in ("harmful", "over_safety")]
         harmful = [p.objective == "harmful" for p in self.asked]
         if all(harmful) or not any(harmful):
@@ -114,29 +159,33 @@ class Objective:
         if not instructions:
             raise SpkitError("There are no harmless instructions to take the KL on (utility.kl).")
         self.harmful = torch.tensor(harmful)
-        texts = list(dict.fromkeys([*(p.prompt for p in self.asked), *instructions]))
-        place = {text: i for i, text in enumerate(texts)}
-        self._rows = torch.tensor([place[p.prompt] for p in self.asked])
-        self._kl_rows = torch.tensor([place[text] for text in instructions])
-        self._batches = batches(tokenizer, texts, batch_size)
+        self.instructions = list(instructions)
+        self._batches = batches(tokenizer, [p.prompt for p in self.asked], batch_size)
+        self._openings: tuple[list, list] = ([], [])
         self._base: Tensor | None = None
-        self.shares: Tensor | None = None
+        self.line: tuple[float, float] = (0.0, 1.0)
+
+    def openings(self, answers: pd.DataFrame) -> None:
+        """Take the openings from stored answers, see openings_of."""
+        self._openings = openings_of(self.tokenizer, self.asked, answers)
 
     def look(self, deltas: Mapping[str, Delta]) -> tuple[Tensor, Tensor]:
-        """Log-probabilities on the prompts asked and on the instructions, of theta + deltas."""
+        """(margins of the prompts asked, first-token log-probabilities of the instructions) of
+        theta + deltas: fp64 [asked], fp32 [instructions, vocabulary]."""
+        margins = torch.zeros(len(self.asked), dtype=torch.float64)
         advice = {"evaluation.batch_size": self.batch_size}
         with patched(self.model, deltas), explained("one forward pass", advice):
-            found = logprobs_of(self.model, self._batches)
-        return found[self._rows], found[self._kl_rows]
+            for batch in self._batches:
+                rows = [[kind[i] for i in batch[0]] for kind in self._openings]
+                refusing, helping = opening_logprobs(self.model, batch, rows)
+                margins[batch[0]] = refusing - helping
+            options = (self.tokenizer, self.instructions, self.batch_size)
+            return margins, first_token_logprobs(self.model, *options)
 
     def learn(self, looks: Sequence[Tensor], refused: Sequence[Tensor], base_kl: Tensor) -> None:
-        """Learn r(t). looks: what `look` gave of every variant whose answers are stored, on the
-        prompts asked. refused: bool [prompts asked], its answers. base_kl: base's second part.
-
-        Answers are decoded greedily, so the first token is the most likely one.
-        """
-        tokens = torch.cat([look.argmax(dim=1) for look in looks])
-        self.shares = refusal_shares(tokens, torch.cat(list(refused)), looks[0].shape[1])
+        """Fit a and b. looks: the margins of every variant whose answers are stored. refused: bool
+        [asked], of its answers. base_kl: base's second part of `look`."""
+        self.line = fitted(torch.cat(list(looks)), torch.cat(list(refused)))
         self._base = base_kl
 
     def measure(self, deltas: Mapping[str, Delta]) -> dict[str, float]:
@@ -145,7 +194,7 @@ class Objective:
 
     def of(self, look: Tensor, kl_look: Tensor) -> dict[str, float]:
         """The same of what `look` gave."""
-        expected = expected_refusal(look, self.shares)
+        expected = torch.sigmoid(self.line[0] + self.line[1] * look)
         return {
             "harm": 100 * float(1 - expected[self.harmful].mean()),
             "refusal": 100 * float(expected[~self.harmful].mean()),

@@ -27,20 +27,21 @@ import yaml
 from spkit.comparison.methods import METHODS
 from spkit.comparison.methods.bundle import calibrate
 from spkit.config import Config, load_params
-from spkit.data.readers import read
-from spkit.data.readers.source import resolve
 from spkit.data.selection import load_eval_prompts, load_harmful_pairs
 from spkit.errors import SpkitError
 from spkit.evaluation.answers import respond
 from spkit.evaluation.judges import check_judges, judged
 from spkit.evaluation.labels import BALANCED
+from spkit.evaluation.utility.first_token import kl_prompts
 from spkit.evaluation.verdicts import FAILED
-from spkit.examples import EvalPrompt, sample
+from spkit.examples import EvalPrompt
 from spkit.method.balancing import balanced, first_token_losses
 from spkit.method.patch import whole_patches
 from spkit.method.safepatching import NAME as SAFEPATCHING
 from spkit.models.loading import load
 from spkit.models.patched import patched
+from spkit.models.rounded import before_rounding
+from spkit.running.aligned import after_alignment, align
 from spkit.running.notebook import repository_root, without_loading_bars
 from spkit.running.runs import identity, read_record, run_folder
 from spkit.sandbox.backbone import prepare_backbone
@@ -81,6 +82,7 @@ def tune(params: str | Path, given: Mapping[str, Any] | None = None) -> pd.DataF
     config = load_params(params, given)
     os.chdir(repository_root())
     check(config)
+    align(config)
     folder = make_folder(run_folder(config) / "tuning")
     made_from = _made_from(config)
     table = _finished(folder, made_from)
@@ -169,11 +171,12 @@ class _Tuning:
     """One run, step after step."""
 
     def __init__(self, config: Config, folder: Path, made_from: dict):
-        self.config, self.folder, self.made_from = config, folder, made_from
+        self.asked_for, self.config = config, after_alignment(config, make=False)
+        self.folder, self.made_from = folder, made_from
         self.began = time.monotonic()
         split = {"split": "dev", "prompts_per_cell": config.tuning.prompts_per_cell}
         self.evaluation = config.evaluation.model_copy(update=split)
-        self.prompts = load_eval_prompts(config.data, self.evaluation)
+        self.prompts = load_eval_prompts(self.config.data, self.evaluation)
         self.trials_of = _of_trials(made_from)
         self.work = _fresh(folder, "work", self.trials_of)
         self.seconds: dict[str, float] = {}
@@ -191,6 +194,7 @@ class _Tuning:
         """Backbone, patches, and the stored answers from which the refusing tokens are learnt."""
         config = self.config
         source = _backbone(config, self.folder)
+        self.source = source
         bundles = ingredients(
             config, source, _fresh(self.folder, "patches", _of_patches(self.made_from))
         )
@@ -225,16 +229,22 @@ class _Tuning:
         self.seconds["answers of a point"] = (time.monotonic() - started) / len(self.known)
         found = judged(self.answers, self.prompts, config)
         ids = [prompt.id for prompt in self.objective.asked]
+        refuses = found["verdict"].isin(REFUSED)
+        self.objective.openings(found.assign(refused=refuses)[["id", "response", "refused"]])
         looks, refused = [], []
         for point in self.known:
             rows = found[found["model"] == point.name].set_index("id")
             refused.append(torch.tensor(rows.loc[ids, "verdict"].isin(REFUSED).to_numpy()))
-            looks.append(self.objective.look(point.deltas))
+            looks.append(self.objective.look(self._given(point.deltas)))
         self.objective.learn([look for look, _ in looks], refused, looks[0][1])
         self.fast = {
             point.name: self.objective.of(*look)
             for point, look in zip(self.known, looks, strict=True)
         }
+
+    def _given(self, deltas: Mapping) -> Mapping:
+        """The deltas as the answering model gets them, which may be in a lower precision."""
+        return before_rounding(deltas, self.source, self.model)
 
     def _answers(self, points: Iterable[Point]) -> pd.DataFrame:
         """What the points answer on dev, stored as it comes."""
@@ -244,7 +254,7 @@ class _Tuning:
             options = self.evaluation.model_dump(include={"max_new_tokens", "batch_size"})
             options |= {"store": self.work / f"{_digest([point.name, context])}.jsonl"}
             options |= {"name": point.name, "context": context}
-            with patched(self.model, point.deltas):
+            with patched(self.model, self._given(point.deltas)):
                 frames.append(respond(self.model, self.tokenizer, self.prompts, **options))
         return pd.concat(frames, ignore_index=True)
 
@@ -257,7 +267,7 @@ class _Tuning:
         started = time.monotonic()
 
         def measure(setting: dict) -> dict[str, float]:
-            return self.objective.measure(self.candidates.deltas(setting))
+            return self.objective.measure(self._given(self.candidates.deltas(setting)))
 
         def told(left: int) -> None:
             each = time.monotonic() - started
@@ -309,7 +319,8 @@ class _Tuning:
             Point(f"trial {n}", s, self.candidates.deltas(s), n) for n, s in settings.items()
         ]
         frames = [self.answers, self._answers(points)]
-        self.fast |= {point.name: self.objective.measure(point.deltas) for point in points}
+        for point in points:
+            self.fast[point.name] = self.objective.measure(self._given(point.deltas))
         every = [*self.known, *points]
         del self.model, self.losses  # the judges may need the memory
         found = judged(pd.concat(frames, ignore_index=True), self.prompts, config)
@@ -344,7 +355,7 @@ class _Tuning:
         save_csv(folder / "judged.csv", table)
         _save_figure(folder, pareto(trials, table, config.tuning.max_kl))
         with atomic(folder / "chosen.yaml") as path:
-            path.write_text(params_text(config, chosen, self.stops), encoding="utf-8")
+            path.write_text(params_text(self.asked_for, chosen, self.stops), encoding="utf-8")
         self.seconds["in all, since the last start"] = time.monotonic() - self.began
         record = {
             **self.made_from,
@@ -394,8 +405,8 @@ def instructions(config: Config, prompts: list[EvalPrompt]) -> list[str]:
     """
     utility = config.utility
     if utility.kl is not None:
-        records = list(read(resolve(config.data, utility.kl, "utility.kl"), "evaluation"))
-        return [record.prompt for record in sample(records, utility.kl_prompts, 0)]
+        dev = config.evaluation.model_copy(update={"split": "dev"})
+        return kl_prompts(config.model_copy(update={"evaluation": dev}))
     for objective in ("utility", "over_safety"):
         found = [prompt.prompt for prompt in prompts if prompt.objective == objective]
         if found:
