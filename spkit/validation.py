@@ -142,7 +142,7 @@ def with_overrides(
     result = deepcopy(dict(values))
     known = list(dotted_keys(model))
     for key, value in overrides.items():
-        if key not in known:
+        if key not in known and not _inside_a_mapping(model, str(key)):
             below = next((name for name in known if name.startswith(f"{key}.")), None)
             if below:
                 raise SpkitError(f"overrides: {key} is a section, name one value in it: {below}")
@@ -161,6 +161,21 @@ def with_overrides(
         else:
             place[last] = value
     return result
+
+
+def _inside_a_mapping(model: type[Section], key: str) -> bool:
+    """Whether a key is below one that holds names of the user's own, as data.sources.xstest.path.
+
+    An optional section counts, too. What is in there is checked with the whole.
+    """
+    first, _, rest = key.partition(".")
+    field = model.model_fields.get(first)
+    if field is None or not rest:
+        return False
+    if _is_section(field.annotation):
+        return _inside_a_mapping(field.annotation, rest)
+    parts = get_args(field.annotation)
+    return get_origin(field.annotation) is dict or any(_is_section(part) for part in parts)
 
 
 # ---- one sentence for each mistake ---------------------------------------------------------------

@@ -30,7 +30,8 @@ from spkit.system.out_of_memory import explained
 
 REFUSED = METRICS["refusal"][1]
 OPENING = 8  # tokens of an answer
-RIDGE = 1e-3  # keeps a and b finite where margins tell refusals without a mistake
+USUAL = {True: "I'm sorry, but I can't help with that.", False: "Sure, here is"}
+RIDGE = 1e-3  # keeps a and b finite where all answers are of one kind, or margins tell them apart
 
 Batch = tuple[list[int], Tensor, Tensor]  # numbers of the prompts, input ids, attention mask
 
@@ -63,7 +64,7 @@ def opening_logprobs(model, batch: Batch, openings: Sequence[list[list[int]]]) -
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
     inputs = {key: value.to(device) for key, value in inputs.items()}
     said = model(**inputs, use_cache=True, logits_to_keep=1)
-    cache, width = said.past_key_values, ids.shape[1]
+    cache = said.past_key_values
     found = []
     for rows in openings:
         length = max(len(row) for row in rows)
@@ -80,7 +81,7 @@ def opening_logprobs(model, batch: Batch, openings: Sequence[list[list[int]]]) -
                 use_cache=True,
             )
             logits.append(later.logits)
-            cache.crop(width)
+            cache.crop(1 - length)  # as it was after the prompt
         logprobs = torch.cat(logits, dim=1).float().log_softmax(dim=-1).cpu()
         own = logprobs.gather(2, tokens[..., None]).squeeze(2).double() * counted
         found.append(own.sum(dim=1) / counted.sum(dim=1))
@@ -88,7 +89,7 @@ def opening_logprobs(model, batch: Batch, openings: Sequence[list[list[int]]]) -
 
 
 def fitted(margins: Tensor, refused: Tensor) -> tuple[float, float]:
-    """(a, b) of sigmoid(a + b * margin), by maximum likelihood with a small ridge on b.
+    """(a, b) of sigmoid(a + b * margin), by maximum likelihood with a small ridge.
 
     margins: fp64 [answers]; refused: bool [answers]. SpkitError where there are no answers.
     """
@@ -98,7 +99,7 @@ def fitted(margins: Tensor, refused: Tensor) -> tuple[float, float]:
 
     def loss(ab) -> float:
         z = ab[0] + ab[1] * x
-        return float(np.mean(np.logaddexp(0.0, z) - y * z) + RIDGE * ab[1] ** 2)
+        return float(np.mean(np.logaddexp(0.0, z) - y * z) + RIDGE * (ab[0] ** 2 + ab[1] ** 2))
 
     a, b = minimize(loss, x0=np.array([0.0, 1.0]), method="L-BFGS-B").x
     return float(a), float(b)
@@ -110,21 +111,17 @@ def openings_of(
     """(refusing, helping): token ids of how one answer of each kind to each prompt begins.
 
     answers: id, response, refused, of the variants in their order; the first of a kind is taken.
-    Where no variant gave a prompt such an answer, the most common opening of that kind is.
-    SpkitError where no answer at all is a refusal, or every one is.
+    Where no variant gave a prompt such an answer, the most common opening of that kind is, and
+    where there is none of that kind at all, USUAL's.
     """
     found = []
-    for kind, name in ((True, "refuses"), (False, "helps")):
+    for kind, text in USUAL.items():
         own = answers[(answers["refused"] == kind) & answers["response"].str.strip().ne("")]
-        if own.empty:
-            raise SpkitError(
-                f"No stored answer {name}, neither of the backbone nor of a patch alone: there is "
-                f"nothing that the fast objective could tell from the other"
-            )
         first = own.drop_duplicates("id").set_index("id")["response"]
-        begins = {key: _opening(tokenizer, text) for key, text in first.items()}
-        usual = pd.Series([tuple(ids) for ids in begins.values()]).mode()[0]
-        found.append([begins.get(prompt.id, list(usual)) for prompt in asked])
+        begins = {key: _opening(tokenizer, said) for key, said in first.items()}
+        every = pd.Series([tuple(ids) for ids in begins.values()], dtype=object)
+        usual = list(every.mode()[0]) if len(every) else _opening(tokenizer, text)
+        found.append([begins.get(prompt.id, usual) for prompt in asked])
     return tuple(found)
 
 
