@@ -39,7 +39,9 @@ CONTENTS |= {
 @pytest.fixture(autouse=True)
 def published(registry, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    wheel(registry, "village", "1.0", {f"village/{name}": c for name, c in CONTENTS.items()})
+    folder = files.cache_folder() / "pypi" / "wheels" / "village-1.0"  # as if fetched before
+    folder.mkdir(parents=True)
+    wheel(folder, "village", "1.0", {f"village/{name}": c for name, c in CONTENTS.items()})
 
 
 def path(name):
@@ -98,7 +100,7 @@ def test_a_stamp_fetches_nothing_and_follows_the_hash(monkeypatch):
     monkeypatch.setattr(pypi, "fetch", None)
     assert is_local(path("pairs.jsonl")) and local_files(source("pairs.jsonl")) == []
     first = identity(Config.from_sources({"data": data().model_dump()}), "00_backbone")
-    assert not files.cache_folder().exists() and "data.harmful" not in first["files"]
+    assert not list(files.cache_folder().rglob("*.jsonl")) and "data.harmful" not in first["files"]
     changed = data().model_dump()
     changed["sources"]["pairs"]["sha256"] = "0" * 64
     assert first != identity(Config.from_sources({"data": changed}), "00_backbone")
