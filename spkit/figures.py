@@ -532,8 +532,8 @@ def _stage_columns(results: pd.DataFrame, stages: Sequence[Sequence[str]]) -> li
     columns = []
     for k, names in enumerate(stages, start=1):
         for group in [g for g in harmful if apart[g] & known]:
-            head = "harmful\n" if group == "seen" else f"harmful,\n{fill(group, 15)}\n"
-            title = f"{head}stage {k}:\n" + "\n".join(fill(name, 15) for name in names)
+            head = "harmful\n" if group == "seen" else f"harmful,\n{fill(group, 13)}\n"
+            title = f"{head}stage {k}:\n" + "\n".join(fill(name, 13) for name in names)
             columns.append(_Column(title, "harmful", (group,), "harmful", list(names), k))
     for group in harmful:
         if group == "unseen":
@@ -541,7 +541,7 @@ def _stage_columns(results: pd.DataFrame, stages: Sequence[Sequence[str]]) -> li
                 _Column("harmful\nnever in\nD_h", "harmful", (group,), "harmful", ["all"])
             )
         elif group != "seen" and apart[group] - known - {"all"}:
-            title = f"harmful,\n{fill(group, 15)}\nin no stage"
+            title = f"harmful,\n{fill(group, 13)}\nin no stage"
             rest = sorted(apart[group] - known - {"all"})
             columns.append(_Column(title, "harmful", (group,), "harmful", rest))
     if harmful:
@@ -549,7 +549,7 @@ def _stage_columns(results: pd.DataFrame, stages: Sequence[Sequence[str]]) -> li
         columns.append(_Column(title, "harmful", tuple(harmful), "broken", ["all"]))
     for objective, group in pairs[len(harmful) :]:
         title = PANELS[objective][0].replace(" ", "\n")
-        title += "" if group in UNNAMED else f",\n{fill(group, 15)}"
+        title += "" if group in UNNAMED else f",\n{fill(group, 13)}"
         columns.append(_Column(title, objective, (group,), PANELS[objective][1], ["all"]))
     return columns
 

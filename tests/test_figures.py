@@ -36,7 +36,7 @@ GROUPS = {  # group -> (objective, categories)
     "utility": ("utility", ["copying", "translation"]),
 }
 SOURCED = {  # groups that are named sources
-    "adv_bench": ("harmful", ["colouring", "tickling", "hiding", "floating and sinking of goats"]),
+    "adv_bench": ("harmful", ["colouring", "floating and sinking of goats"]),
     "tails": ("harmful", ["drumming", "whistling"]),
     "xstest": ("over_safety", ["colouring", "floating"]),
     "oktest": ("over_safety", ["oktest", "other"]),
@@ -799,8 +799,8 @@ def test_continual_columns_of_sources():
         "broken on\nharmful",
         "false\nrefusal,\nxstest",
         "false\nrefusal,\noktest",
-        "false\nrefusal,\nrho, benign and\nedgy",
-        "false\nrefusal,\nrequests of our\nown",
+        "false\nrefusal,\nrho, benign\nand edgy",
+        "false\nrefusal,\nrequests of\nour own",
         "utility,\nsums",
     ]
     # brackets on both stages of the base, and nowhere else; the line after the stages' columns

@@ -296,7 +296,7 @@ def test_every_source_is_asked_and_judged(case, runs):
     for stage, answers in (("00_backbone", 1), ("03_controllable_patching", 7)):
         responses = pd.read_csv(run / stage / "responses.csv", keep_default_na=False)
         assert responses["model"].nunique() == answers
-        assert set(responses["group"]) == {"seen", "unseen", "harmless"}
+        assert set(responses["group"]) == {"beavertails_test", "advbench", "xstest"}
         harmful = responses[responses["objective"] == "harmful"]
         assert set(harmful["verdict"]) <= {"harmful", "refusal", "safe", "broken"}
         # two judges were named for harmful prompts
