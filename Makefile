@@ -2,6 +2,8 @@
 #
 #   make walkthrough                          all notebooks on the sandbox, then the table of results
 #   make walkthrough PARAMS=params/mine.yaml  the same for any params file (SEED=1 RUN=name CORES=4)
+#   make real                                 a real language model: alignment, all notebooks
+#   make real BUDGET=full                     held-out backbones: the table in docs/real.md
 #   make seeds                                the walkthrough for seeds 0 to 4: means and intervals
 #   make experiment                           all methods, ablations and sweeps: tables, notebook 05
 #   make experiment BUDGET=full JOBS=2        with more seeds and trials: what the README shows
@@ -24,15 +26,32 @@ RUN ?=
 BUDGET ?= quick
 JOBS ?= 2
 FILES ?= 20000
+REAL := params/smollm2-135m.yaml
+HELD_OUT ?= 0 1 2
+XSTEST ?=
+OKTEST ?=
 TABLES ?= docs/experiment
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.spkit-installed
 
-.PHONY: docs solutions walkthrough seeds experiment report publish backbone test fuzz lint lab clean distclean
+.PHONY: docs solutions walkthrough real seeds experiment report publish backbone test fuzz lint lab clean distclean
 
 walkthrough: $(READY)
 	$(BIN)/spkit run $(PARAMS) --cores $(CORES)$(if $(SEED), --seed $(SEED))$(if $(RUN), --run-name $(RUN))
+
+# XSTEST=file.csv and OKTEST=file.csv: the published over-safety prompts, where you have them
+comma := ,
+EXTRA := $(if $(XSTEST),-o data.sources.xstest.path=$(XSTEST)) $(if $(OKTEST),-o data.sources.oktest.path=$(OKTEST))
+NAMED := $(if $(XSTEST),$(comma) xstest)$(if $(OKTEST),$(comma) oktest)
+EVALUATION := $(if $(NAMED),-o "data.evaluation=[advbench$(comma) over_safety$(comma) rho$(NAMED)]")
+
+real: $(READY)
+ifeq ($(BUDGET),full)
+	$(BIN)/spkit study $(REAL) $(HELD_OUT) $(EVALUATION) $(EXTRA)
+else
+	$(BIN)/spkit run $(REAL) --cores $(CORES)$(if $(SEED), --seed $(SEED)) $(EVALUATION) $(EXTRA)
+endif
 
 seeds: $(READY)
 	$(BIN)/spkit seeds $(PARAMS) $(SEEDS) --cores $(CORES) $(if $(RUN),--run-name $(RUN))

@@ -6,13 +6,13 @@ This file loads nothing, so that a plan can ask it. stage.py makes the results.
 import json
 from pathlib import Path
 
-from spkit.config import Config
+from spkit.config import Config, DataConfig
 from spkit.data.selection import is_unaligned
 from spkit.system import made_from
 
 RECORD, UNALIGNED, CHECKS = "record.json", "unaligned.jsonl", "checks.csv"
 STAGE = "spkit.alignment.stage"  # its code decides the results
-SECTIONS = ("backbone", "data", "align", "utility", "judges", "threads", "seed")
+SECTIONS = ("backbone", "align", "utility", "judges", "threads", "seed")
 
 
 def needed(config: Config) -> bool:
@@ -22,12 +22,24 @@ def needed(config: Config) -> bool:
 
 def identity(config: Config) -> dict:
     """All that decides what this stage makes: parameters, seed and code."""
-    dumped = config.model_dump(mode="json")
+    dumped = config.model_dump(mode="json") | {"data": data_of(config).model_dump(mode="json")}
     evaluation = {key: dumped["evaluation"][key] for key in ("dtype", "batch_size")}
     return {
-        "params": {**{key: dumped[key] for key in SECTIONS}, "evaluation": evaluation},
+        "params": {**{key: dumped[key] for key in (*SECTIONS, "data")}, "evaluation": evaluation},
         "code": made_from.code([STAGE]),
     }
+
+
+def data_of(config: Config) -> DataConfig:
+    """The data that this stage reads: what is evaluated later is none of it.
+
+    So XSTest can be added to the evaluation without another alignment.
+    """
+    data, align = config.data, config.align
+    names = [name for name in (align.harmful, *align.over_safety) if name is not None]
+    read = {data.harmful, align.instructions, config.utility.perplexity, *names}
+    sources = {name: source for name, source in data.sources.items() if name in read}
+    return data.model_copy(update={"evaluation": names or data.evaluation, "sources": sources})
 
 
 def finished(config: Config, folder: Path) -> bool:

@@ -23,6 +23,7 @@ from spkit.alignment.made import (
     CHECKS,
     RECORD,
     UNALIGNED,
+    data_of,
     finished,
     identity,
     model_folder,
@@ -90,10 +91,8 @@ class Asked:
         dtype = config.evaluation.dtype or config.backbone.compute_dtype
         self.dtype = DTYPES[resolve_dtype(dtype, model.device.type)]
         dev = config.evaluation.model_copy(update={"split": "dev", "prompts_per_cell": None})
-        over = config.align.over_safety
-        names = [name for name in (config.align.harmful, *over) if name is not None]
-        data = config.data.model_copy(update={"evaluation": names})
-        self.prompts = load_eval_prompts(data, dev) if config.align.harmful else []
+        self.data = data_of(config)
+        self.prompts = load_eval_prompts(self.data, dev) if config.align.harmful else []
 
     def answering(self):
         """The model as it answers: itself, or a copy in another dtype."""
@@ -139,7 +138,7 @@ def _percent(said: pd.DataFrame, metric: str) -> float:
 
 def _write_unaligned(asked: Asked) -> None:
     """What the backbone says to D_h's questions, without what the judge does not call harmful."""
-    data = asked.config.data
+    data = asked.data
     texts = load_harmful_prompts(data)
     prompts = [
         EvalPrompt(str(i), text, "harmful", data.harmful, "", "plain", "")
@@ -161,9 +160,9 @@ def _write_unaligned(asked: Asked) -> None:
 
 def _align(asked: Asked) -> list[Check]:
     config, align = asked.config, asked.config.align
-    harmful = load_align_prompts(config.data, align, config.seed)
+    harmful = load_align_prompts(asked.data, align, config.seed)
     instructions = load_instructions(
-        config.data, align.instructions, align.kept_answers, config.seed
+        asked.data, align.instructions, align.kept_answers, config.seed
     )
     answers = generate(
         asked.answering(),
