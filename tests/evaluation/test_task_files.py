@@ -187,7 +187,7 @@ def test_accuracy_by_hand(piqa, template):
 def test_documents_are_drawn_by_the_seed_and_not_taken_from_the_top(piqa, tmp_path):
     def goals(limit, seed):
         folder = tmp_path / f"{limit}-{seed}"
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         settings = UtilityConfig(sources=sources(piqa=piqa), limit=limit, limit_seed=seed)
         write_task_files(settings, folder)
         return [row["goal"] for row in asked_of(["piqa"], folder)["piqa"].eval_docs]
