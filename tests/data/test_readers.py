@@ -598,7 +598,7 @@ def test_wrong_rows(reader, name, rows, sentence):
         ("a.prompt", b"seeds: []", "a.prompt: holds no rows, at least one is needed"),
         ("a.prompt", b"seeds: 3", "a.prompt: the key 'seeds' is missing, must hold a list of"),
         ("a.prompt", b"- goal: a", "a.prompt: the key 'seeds' is missing, must hold a list of"),
-        ("a.prompt", b"a: b\nseeds: [", "a.prompt, line 2: not YAML: "),
+        ("a.prompt", b"a: b\nseeds: ]\nc: d", "a.prompt, line 2: not YAML: "),
         ("a.prompt", b"seeds:\n- value: \xe9", "a.prompt, line 2: not UTF-8 text"),
         ("a.parquet", b"no parquet", "a.parquet: cannot be read ("),
         ("a.txt", b"goal", "a.txt: unknown suffix, allowed: .csv, .tsv, .jsonl, .json, .parquet"),
