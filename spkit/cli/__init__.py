@@ -3,7 +3,7 @@
     front.py         the app, its help, how errors and Ctrl-C end a command
     run.py           run, seeds, experiment, report, memory, ask
     study.py         align, study
-    tune.py          tune
+    tune.py          tune, patch
     patch_files.py   make, inspect, apply, verify, revert, stack, card
 
 A module imports what a command needs when the command runs: patch files need neither torch nor

@@ -32,17 +32,14 @@ class OneScreen(TyperGroup):
 
     def format_help(self, ctx, formatter) -> None:
         """Written by hand, as the usual boxes need two screens."""
-        lines = [
-            f"spkit {version()}: SafePatching in notebooks, and safety patches as files.",
-            "",
-        ]
-        lines.append("spkit COMMAND ...; spkit COMMAND -h shows the options of a command")
+        lines = [f"spkit {version()}: SafePatching notebooks, patches as files"]
+        lines[0] += "; COMMAND -h: its options"
         for panel in (RUN, PATCH_FILES):
             lines += ["", f"{panel}:"]
             for name, command in self.commands.items():
-                if command.rich_help_panel == panel:
+                if command.rich_help_panel == panel and not command.hidden:
                     lines.append(f"  {name:<12}{command.short_help}")
-        lines += ["", "Options: --version, -h or --help, --install-completion (for the shell)"]
+        lines += ["Options: --version, -h or --help, --install-completion (for the shell)"]
         lines.append("Exit codes: 0 done or yes, 1 an error, 2 a wrong command line, 3 verify: no")
         formatter.write("\n".join(lines) + "\n")
 
@@ -75,10 +72,12 @@ def front(context: typer.Context, version: Version = False) -> None:
         raise typer.Exit(WRONG)
 
 
-def command(panel: str, line: str, extra: str | None = None) -> Callable[[Callable], Callable]:
+def command(
+    panel: str, line: str, extra: str | None = None, hidden: bool = False
+) -> Callable[[Callable], Callable]:
     """Register a command whose errors are one sentence, and an exit code.
 
-    line: what the front help says of it. extra: the group of optional dependencies that brings
+    line: what the front help says of it, unless it is hidden there. extra: the group of optional dependencies that brings
     what it needs besides the core.
     """
 
@@ -97,7 +96,7 @@ def command(panel: str, line: str, extra: str | None = None) -> Callable[[Callab
                 print(RESUMES, file=sys.stderr)
                 raise typer.Exit(INTERRUPTED) from None
 
-        return app.command(rich_help_panel=panel, short_help=line)(guarded)
+        return app.command(rich_help_panel=panel, short_help=line, hidden=hidden)(guarded)
 
     return register
 

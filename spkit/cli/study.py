@@ -18,7 +18,7 @@ Into = Annotated[
 ]
 
 
-@command(RUN, "align a backbone before its notebooks (run does it, too)", "run")
+@command(RUN, "align a backbone; run does it, too", "run", hidden=True)
 def align(
     params: Params, seed: Seed = None, run_name: RunName = None, override: Override = None
 ) -> None:

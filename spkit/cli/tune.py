@@ -1,6 +1,7 @@
-"""The command that finds the settings.
+"""The commands that find the settings, and patch with them.
 
 spkit tune params/x.yaml --trials 100     on the dev prompts: trials, a figure, a params file
+spkit patch params/x.yaml                 tune, patch, evaluate on test, one page
 """
 
 from typing import Annotated
@@ -8,7 +9,7 @@ from typing import Annotated
 import typer
 
 from spkit.cli.front import RUN, command
-from spkit.cli.run import Override, Params, RunName, Seed
+from spkit.cli.run import Cores, Override, Params, RunName, Seed
 
 
 @command(RUN, "find the settings of a method for a backbone, on dev", "run")
@@ -31,3 +32,18 @@ def tune(
 
     given = walkthrough.overrides(override or [], seed=seed, run_name=run_name)
     run(params, given if trials is None else given | {"tuning.trials": trials})
+
+
+@command(RUN, "all of it: tune, patch, evaluate on test, a report", "run")
+def patch(
+    params: Params,
+    seed: Seed = None,
+    run_name: RunName = None,
+    cores: Cores = 2,
+    override: Override = None,
+) -> None:
+    """Tune on dev, patch, evaluate on test; write patch file, checkpoint and a report page."""
+    from spkit.running import walkthrough
+    from spkit.tuning.patch import patch as run
+
+    run(params, walkthrough.overrides(override or [], seed=seed, run_name=run_name), cores=cores)

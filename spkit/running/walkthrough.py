@@ -62,12 +62,18 @@ def _number(text: str) -> float | str:
 
 
 def run(
-    params: str | Path, given: Mapping[str, Any], *, cores: int = 2, overwrite: bool = False
+    params: str | Path,
+    given: Mapping[str, Any],
+    *,
+    cores: int = 2,
+    overwrite: bool = False,
+    last: str | None = None,
 ) -> Config:
     """Run every notebook that is not done yet, then write the table of results.
 
     given: overrides. overwrite: also where another params file made the results that are replaced.
-    The working folder becomes the repository's root. SpkitError says which notebook failed and why.
+    last: the stage after which it ends; then no table is written. The working folder becomes the
+    repository's root. SpkitError says which notebook failed and why.
     """
     config, params = load_params(params, given), Path(params).resolve()
     os.chdir(repository_root())
@@ -79,12 +85,12 @@ def run(
     for remark in without_effect(config, given):
         print(remark)
     Run.restore(config)  # what a mirror holds and this machine lacks
-    planned = Planned(config)
+    planned = Planned(config, last)
     _require_owner(config, params, planned, overwrite)
     align(config)
     together = max(1, cores // (config.threads or cores))
     print(planned.opening(os.path.relpath(params), together), flush=True)
-    if planned.todo or not _table_is_new(config):
+    if planned.todo or (last is None and not _table_is_new(config)):
         _remember_owner(config, params)
         _run_snakemake(planned, cores, together)
     return config
@@ -93,10 +99,14 @@ def run(
 class Planned:
     """The notebooks that are to run, and what is known of their times."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, last: str | None = None):
+        """last: the stage after which it ends; none: all of them are run."""
         self.config = config
-        self.stamps = {stage: stamp(config, stage) for stage in STAGES}
-        self.todo = [stage for stage in STAGES if not self.stamps[stage].exists()]
+        stages = list(STAGES)
+        self.stages = stages[: stages.index(last) + 1] if last else stages
+        self.whole = last is None
+        self.stamps = {stage: stamp(config, stage) for stage in self.stages}
+        self.todo = [stage for stage in self.stages if not self.stamps[stage].exists()]
         self.seconds = {stage: _expected(config, stage) for stage in self.todo}
         self.began: dict[str, float] = {}  # by time.monotonic, in the order in which they began
         self.done: list[str] = []
@@ -106,8 +116,8 @@ class Planned:
         """One line: what runs, and for how long; together as in `left`."""
         where = f"{params}: {run_folder(self.config)}"
         if not self.todo:
-            return f"{where}: nothing to be done, all {len(STAGES)} notebooks are there"
-        parts = [f"{where}: {len(self.todo)} of {len(STAGES)} notebooks to run"]
+            return f"{where}: nothing to be done, all {len(self.stages)} notebooks are there"
+        parts = [f"{where}: {len(self.todo)} of {len(self.stages)} notebooks to run"]
         return ", ".join(parts + [left for left in (self.left(together),) if left])
 
     def title(self, stage: str) -> str:
@@ -210,6 +220,8 @@ def _run_snakemake(planned: Planned, cores: int, together: int) -> None:
     # --nolock: a killed run would leave a lock behind, and the next one is to resume there
     command = [sys.executable, "-m", "snakemake", "--cores", str(cores), "--rerun-incomplete"]
     command += ["--nolock", "--quiet", "progress", "host", "reason"]
+    if not planned.whole:
+        command += map(str, planned.stamps.values())
     command += ["--config", f"params={resolved}"]
     log = run_folder(config) / "log" / "snakemake.txt"
     with log.open("w", encoding="utf-8") as file, _child(command, file) as child:
