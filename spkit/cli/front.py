@@ -35,11 +35,11 @@ class OneScreen(TyperGroup):
         lines = [f"spkit {version()}: SafePatching notebooks, patches as files"]
         lines[0] += "; COMMAND -h: its options"
         for panel in (RUN, PATCH_FILES):
-            lines += ["", f"{panel}:"]
+            lines += [f"{panel}:"] if panel == RUN else ["", f"{panel}:"]
             for name, command in self.commands.items():
                 if command.rich_help_panel == panel and not command.hidden:
                     lines.append(f"  {name:<12}{command.short_help}")
-        lines += ["Options: --version, -h or --help, --install-completion (for the shell)"]
+        lines += ["", "Options: --version, -h or --help, --install-completion (for the shell)"]
         lines.append("Exit codes: 0 done or yes, 1 an error, 2 a wrong command line, 3 verify: no")
         formatter.write("\n".join(lines) + "\n")
 
@@ -77,8 +77,8 @@ def command(
 ) -> Callable[[Callable], Callable]:
     """Register a command whose errors are one sentence, and an exit code.
 
-    line: what the front help says of it, unless it is hidden there. extra: the group of optional dependencies that brings
-    what it needs besides the core.
+    line: what the front help says of it, unless it is hidden there. extra: the group of optional
+    dependencies that brings what it needs besides the core.
     """
 
     def register(function: Callable) -> Callable:

@@ -14,7 +14,7 @@ from spkit.cli.patch_files import SANDBOX
 
 ROOT = Path(__file__).parents[2]
 GROUPS = {
-    RUN: "run seeds experiment report memory ask tune".split(),
+    RUN: "run seeds experiment report memory ask study tune patch".split(),
     PATCH_FILES: "make inspect apply verify revert stack card".split(),
 }
 COMMANDS = [name for names in GROUPS.values() for name in names]
@@ -38,7 +38,8 @@ def test_every_command_stands_in_its_group_with_a_line_of_its_own():
         assert [line.split()[0] for line in part.splitlines()] == names
         assert not any("..." in line for line in part.splitlines())  # none is cut off
     assert {command.name or command.callback.__name__ for command in app.registered_commands} == {
-        *COMMANDS
+        *COMMANDS,
+        "align",  # hidden: run does it, too
     }
 
 
