@@ -1,7 +1,7 @@
 """How far each patch, whole or kept, tells harmful requests from harmless ones that only sound so.
 
     python benchmarks/real_separation.py params/smollm2-135m.yaml --seed 10
-    python benchmarks/real_separation.py params/smollm2-135m.yaml --seed 10 -o data.response_tokens=64
+    python benchmarks/real_separation.py params/smollm2-135m.yaml -o data.response_tokens=64
 
 For every variant: how much the margin (log-odds of refusing against helping, per token, see
 docs/tuning.md) moves on harmful and on harmless dev prompts, their ratio, and the KL of the first
