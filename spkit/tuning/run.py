@@ -322,7 +322,8 @@ class _Tuning:
         for point in points:
             self.fast[point.name] = self.objective.measure(self._given(point.deltas))
         every = [*self.known, *points]
-        del self.model, self.losses  # the judges may need the memory
+        # the judges may need the memory, and all of these hold the model
+        del self.model, self.losses, self.objective, self.candidates
         found = judged(pd.concat(frames, ignore_index=True), self.prompts, config)
         table = self._table(found, every)
         own = table["trial"] >= 0
