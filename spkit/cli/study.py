@@ -51,8 +51,9 @@ def study(
     from spkit.running import walkthrough
     from spkit.study import report, run
 
-    config = load_params(params, walkthrough.overrides(override or [], run_name=run_name))
-    made = run.run(config, seeds or run.SEEDS, derivations)
+    given = walkthrough.overrides(override or [], run_name=run_name)
+    config = load_params(params, given)
+    made = run.run(config, seeds or run.SEEDS, derivations, given)
     found = report.read(made)
     print(f"\n{report.markdown(report.main_table(found))}\n\n{report.caption(found)}\n")
     print("\n".join(report.goal(found)))

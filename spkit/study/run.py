@@ -9,8 +9,9 @@ that seed's run (spkit run).
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from spkit.comparison.plan import changed, derivation_seed
 from spkit.config import Config
@@ -28,10 +29,15 @@ def study_folder(config: Config) -> Path:
     return Path(config.outputs) / config.run_name / "study"
 
 
-def run(config: Config, seeds: Sequence[int] = SEEDS, derivations: int = DERIVATIONS) -> Path:
+def run(
+    config: Config,
+    seeds: Sequence[int] = SEEDS,
+    derivations: int = DERIVATIONS,
+    given: Mapping[str, Any] | None = None,
+) -> Path:
     """Run what is missing, then write the tables; their folder.
 
-    seeds: of the backbones. SpkitError where there are fewer than two, of which no interval can be
+    seeds: of the backbones. given: the overrides in `config`, to be told in about.csv. SpkitError where there are fewer than two, of which no interval can be
     made, and as in the stages.
     """
     if len(set(seeds)) < 2:
@@ -54,7 +60,7 @@ def run(config: Config, seeds: Sequence[int] = SEEDS, derivations: int = DERIVAT
             if fresh:
                 times.append(time.monotonic() - was)
             print(f"[{done}/{total}] {unit.folder}{_left(times, total - done)}", flush=True)
-    made = tables.write(units, config, study_folder(config) / "tables")
+    made = tables.write(units, config, study_folder(config) / "tables", given or {})
     print(f"{total} units in {duration(time.monotonic() - began)}: {made}")
     return made
 

@@ -10,8 +10,9 @@ Intervals of rates: the hierarchical bootstrap of comparison/bootstrap.py, over 
 derivations and prompts. Those of skills: Student's t over the backbones' means.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from scipy import stats
@@ -29,8 +30,8 @@ SHOWN = {"harmful": "harmful", "over_safety": "refusal"}  # objective -> metric
 KEYS = ["variant", "backbone", "derivation"]
 
 
-def write(units: Sequence[Unit], config: Config, folder: Path) -> Path:
-    """Write all tables of these units; the folder."""
+def write(units: Sequence[Unit], config: Config, folder: Path, given: Mapping[str, Any]) -> Path:
+    """Write all tables of these units; the folder. given: overrides, told in about.csv."""
     folder, confidence = make_folder(folder), config.evaluation.confidence
     answers, skills = gathered(units, "responses.csv"), gathered(units, "utility.csv")
     columns = [*KEYS, "id", "objective", "group", "category", "verdict"]
@@ -39,25 +40,32 @@ def write(units: Sequence[Unit], config: Config, folder: Path) -> Path:
     save_csv(folder / "rates.csv", pd.concat([rates for rates, _ in parts], ignore_index=True))
     save_csv(folder / "differences.csv", pd.concat([d for _, d in parts], ignore_index=True))
     save_csv(folder / "skills.csv", skill_table(skills, confidence))
-    save_csv(folder / "about.csv", about(units, config))
+    save_csv(folder / "about.csv", about(units, config, given))
     return folder
 
 
-def about(units: Sequence[Unit], config: Config) -> pd.DataFrame:
-    """what, value: all that a reader needs to repeat the study."""
+def about(units: Sequence[Unit], config: Config, given: Mapping[str, Any]) -> pd.DataFrame:
+    """what, value: all that a reader needs to repeat the study. Of a file its name alone is told."""
     seeds = list(dict.fromkeys(unit.config.seed for unit in units))
     derivations = len({unit.derivation for unit in units} - {None})
     numbers, state = " ".join(map(str, seeds)), git_state() or {}
     params = f"params/{config.run_name}.yaml"
+    options = "".join(f' -o "{key}={_told(key, value)}"' for key, value in given.items())
     found = {
         "backbones": len(seeds),
         "seeds": numbers,
         "derivations": derivations,
-        "command": f"spkit study {params} {numbers} --derivations {derivations}",
+        "command": f"spkit study {params} {numbers} --derivations {derivations}{options}",
         "machine": machine(),
         "commit": str(state.get("commit", "unknown"))[:12],
     }
     return pd.DataFrame({"what": found.keys(), "value": found.values()})
+
+
+def _told(key: str, value: Any) -> str:
+    if key.endswith(".path"):
+        return Path(str(value)).name
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)
 
 
 def machine() -> str:
