@@ -37,8 +37,8 @@ def run(
 ) -> Path:
     """Run what is missing, then write the tables; their folder.
 
-    seeds: of the backbones. given: the overrides in `config`, to be told in about.csv. SpkitError where there are fewer than two, of which no interval can be
-    made, and as in the stages.
+    seeds: of the backbones. given: the overrides in `config`, to be told in about.csv. SpkitError
+    where there are fewer than two seeds, of which no interval can be made, and as in the stages.
     """
     if len(set(seeds)) < 2:
         raise SpkitError(

@@ -45,7 +45,7 @@ def write(units: Sequence[Unit], config: Config, folder: Path, given: Mapping[st
 
 
 def about(units: Sequence[Unit], config: Config, given: Mapping[str, Any]) -> pd.DataFrame:
-    """what, value: all that a reader needs to repeat the study. Of a file its name alone is told."""
+    """what, value: all that a reader needs to repeat the study; of a file its name alone."""
     seeds = list(dict.fromkeys(unit.config.seed for unit in units))
     derivations = len({unit.derivation for unit in units} - {None})
     numbers, state = " ".join(map(str, seeds)), git_state() or {}
