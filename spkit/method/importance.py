@@ -58,10 +58,8 @@ class Calibration:
 
     def _batches(self, tokenizer, loss_on: str, size: int) -> Batches:
         chosen = sample(list(self.pairs), self.config.samples, self.seed)
-        pairs = [
-            encode_pair(tokenizer, p.prompt, p.response, loss_on, self.max_tokens, p.ends)
-            for p in chosen
-        ]
+        how = (loss_on, self.max_tokens)
+        pairs = [encode_pair(tokenizer, p.prompt, p.response, *how, p.ends) for p in chosen]
         pad = tokenizer.pad_token_id
         return [collate(pairs[i : i + size], pad) for i in range(0, len(pairs), size)]
 
