@@ -384,3 +384,12 @@ def test_a_conversation_in_the_formats(name):
     assert text.count("Be kind.") == 1 and text.count("And then?") == 1
     ending = with_one[with_one.index(QUESTION) + len(QUESTION) :]
     assert text.endswith("And then?" + ending)
+
+
+def test_a_response_that_was_cut_has_no_end():
+    tokens = tiny.tokenizer()
+    question, answer = tiny.PAIRS[0]
+    whole, labels = encode_pair(tokens, question, answer)
+    ids, cut = encode_pair(tokens, question, answer, ends=False)
+    assert whole[: len(ids)] == ids and labels[: len(cut)] == cut
+    assert whole[len(ids) :] == [tokens.eos_token_id]
