@@ -46,8 +46,9 @@ def search(
     store.begin(file, made_from, done)
     for row in done:
         _add(study, space, row)
-    with tqdm(total=max(trials, len(done)), initial=len(done), desc="trials", unit="trial") as bar:
-        for number in range(len(done), trials):
+    start = len(done)
+    with tqdm(total=max(trials, start), initial=start, desc="trials", unit="trial") as bar:
+        for number in range(start, trials):
             by_hand = first if number == 0 else None
             if by_hand is not None:
                 study.enqueue_trial(space.drawn(by_hand))
@@ -60,7 +61,7 @@ def search(
             store.append(file, [row])
             done.append(row)
             bar.update()
-            if number == len(done) - 1 and bar.n == bar.initial + 1:
+            if number == start:
                 told(trials - number - 1)
     rows = [{**row, "setting": json.dumps(row["setting"])} for row in done[:trials]]
     return pd.DataFrame(rows, columns=COLUMNS)
