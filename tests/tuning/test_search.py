@@ -1,11 +1,13 @@
 """The trials: drawn, kept, resumed; and the way of a setting into a params file and back."""
 
 import json
+from functools import partial
 
 import pytest
 
 from spkit.comparison.methods import METHODS
 from spkit.config import Config
+from spkit.tuning import search as trials
 from spkit.tuning.search import RANDOM_TRIALS, search
 from spkit.tuning.settings import PLAIN_FACTOR, Space, with_setting
 
@@ -60,7 +62,8 @@ def test_the_first_trial_is_the_setting_chosen_by_hand(tmp_path):
 
 
 def test_others_trials_are_begun_anew_and_the_first_one_is_told(tmp_path, monkeypatch):
-    monkeypatch.setenv("TQDM_DISABLE", "1")  # a bar that is not shown counts nothing
+    # a bar that is not shown counts nothing
+    monkeypatch.setattr(trials, "tqdm", partial(trials.tqdm, disable=True))
     told = []
     one = run(tmp_path / "f", 3, told=told.append)
     assert told == [2]
