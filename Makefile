@@ -35,7 +35,7 @@ TABLES ?= docs/experiment
 BIN := $(VENV)/bin
 READY := $(VENV)/.spkit-installed
 
-.PHONY: docs solutions walkthrough real seeds experiment report publish backbone test fuzz lint lab clean distclean
+.PHONY: docs solutions walkthrough real publish-real seeds experiment report publish backbone test fuzz lint lab clean distclean
 
 walkthrough: $(READY)
 	$(BIN)/spkit run $(PARAMS) --cores $(CORES)$(if $(SEED), --seed $(SEED))$(if $(RUN), --run-name $(RUN))
@@ -52,6 +52,12 @@ ifeq ($(BUDGET),full)
 else
 	$(BIN)/spkit run $(REAL) --cores $(CORES)$(if $(SEED), --seed $(SEED)) $(EVALUATION) $(EXTRA)
 endif
+
+# after a full one: its tables become the committed ones, and the pages that show them are filled
+publish-real: $(READY)
+	mkdir -p docs/smollm2
+	cd outputs/smollm2-135m/study/tables && cp rates.csv differences.csv skills.csv about.csv ../../../../docs/smollm2/
+	$(BIN)/python -m spkit.study.report docs/smollm2 README.md docs/real.md
 
 seeds: $(READY)
 	$(BIN)/spkit seeds $(PARAMS) $(SEEDS) --cores $(CORES) $(if $(RUN),--run-name $(RUN))

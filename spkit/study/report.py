@@ -1,9 +1,11 @@
 """A study's tables as markdown, and in the marked blocks of the pages that show them.
 
 Between `<!-- study: name -->` and `<!-- end -->` stands what BLOCKS makes of the tables.
+`python -m spkit.study.report docs/smollm2 README.md docs/real.md` fills these pages.
 """
 
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -148,17 +150,26 @@ BLOCKS: dict[str, Callable[[Tables], str]] = {
 MARKED = re.compile(r"(<!-- study: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def publish(tables: str | Path, pages: Iterable[str | Path]) -> None:
-    """Fill the marked blocks of these pages; SpkitError for a block that is not known."""
-    found = read(tables)
+def filled(page: str, tables: Tables) -> str:
+    """The page with every marked block made anew; SpkitError for a block that is not known."""
 
     def made(match: re.Match) -> str:
         start, name, end = match.groups()
         if name not in BLOCKS:
             raise SpkitError(f"no block {name!r}{nearest(name, list(BLOCKS))}")
-        return f"{start}\n{BLOCKS[name](found)}\n\n{end}"
+        return f"{start}\n{BLOCKS[name](tables)}\n\n{end}"
 
+    return MARKED.sub(made, page)
+
+
+def publish(tables: str | Path, pages: Iterable[str | Path]) -> None:
+    """Fill the marked blocks of these pages from the folder of tables."""
+    found = read(tables)
     for page in map(Path, pages):
-        text = MARKED.sub(made, page.read_text(encoding="utf-8"))
+        text = filled(page.read_text(encoding="utf-8"), found)
         with atomic(page) as temporary:
             temporary.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    publish(sys.argv[1], sys.argv[2:])

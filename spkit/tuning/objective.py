@@ -6,8 +6,8 @@
     refusal   mean over harmless prompts of refused
     KL        mean over harmless instructions of KL(base || patched) of the first token, in nats
 
-The openings of a prompt are the first tokens of stored answers to it: of the backbone, of SE alone
-and of OSM alone, judged. a and b are fitted to the same answers. One forward pass over all prompts,
+The openings of a prompt are the first tokens of stored answers to it, judged: of the backbone, and
+of OSM and SE at low strengths. a and b are fitted to the same answers. One pass over all prompts,
 whose keys and values serve both openings, and nothing is generated: how an answer begins decides
 about refusing (Qi et al., arXiv 2406.05946).
 """

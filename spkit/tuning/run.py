@@ -59,7 +59,9 @@ from spkit.tuning.settings import IN_CONTINUAL, Space, with_setting
 from spkit.validation import nearest
 
 BASE, AS_SET = "base", "as set"
-ALONE = ("SE alone", "OSM alone")
+# patch and strength of the references: at full strength SE may babble, which is neither a refusal
+# nor help; base comes first, then OSM, so that help is not read off SE
+ALONE = {"OSM x 0.5": ("osm", 0.5), "SE x 0.25": ("se", 0.25)}
 LATER = ("trials", "judged", "max_kl")  # of tuning: other values of these keep the trials
 
 
@@ -217,10 +219,12 @@ class _Tuning:
         return max(i for i, stop in enumerate(self.stops) if stop <= wanted)
 
     def _learn(self, bundle) -> None:
-        """Answers of base, SE alone and OSM alone, judged; and what the fast objective sees."""
+        """Answers of base and of weak patches, judged; and what the fast objective sees."""
         config = self.config
-        se, osm = (whole_patches((bundle.patch(name), 1.0)) for name in ("se", "osm"))
-        self.known = [Point(BASE, {}, {}), *map(Point, ALONE, ({}, {}), (se, osm))]
+        self.known = [Point(BASE, {}, {})] + [
+            Point(name, {}, whole_patches((bundle.patch(patch), strength)))
+            for name, (patch, strength) in ALONE.items()
+        ]
         texts = instructions(config, self.prompts)
         size = self.evaluation.batch_size
         self.objective = Objective(self.model, self.tokenizer, self.prompts, texts, size)

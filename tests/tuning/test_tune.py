@@ -46,7 +46,7 @@ def test_all_files_are_there_and_say_the_same(done):
     folder = place(outputs)
     trials = pd.read_csv(folder / "trials.csv")
     assert len(trials) == 6 and trials["setting"].nunique() == 6
-    assert list(table["point"][:4]) == ["base", "SE alone", "OSM alone", "as set"]
+    assert list(table["point"][:4]) == ["base", "OSM x 0.5", "SE x 0.25", "as set"]
     assert len(table) == 6 and table["chosen"].sum() == 1
     record = json.loads((folder / "record.json").read_text())
     assert record["chosen"]["method"] == "SafePatching" and record["stops"] == sorted(
