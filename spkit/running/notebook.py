@@ -83,7 +83,7 @@ def _differing(values: Section, usual: Section, plain: Mapping[str, Any]) -> dic
     found = {}
     for name in type(values).model_fields:
         mine, default = getattr(values, name), getattr(usual, name)
-        if isinstance(mine, Section):
+        if isinstance(mine, Section) and isinstance(default, Section):  # an optional one is whole
             if inner := _differing(mine, default, plain[name]):
                 found[name] = inner
         elif mine != default:
