@@ -48,7 +48,10 @@ def finished(config: Config, folder: Path) -> bool:
         record = json.loads((Path(folder) / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return record["identity"] == json.loads(json.dumps(identity(config)))
+    if record["identity"] != json.loads(json.dumps(identity(config))):
+        return False
+    aligned = config.align.harmful is None or model_folder(config, folder).is_dir()
+    return aligned and (not is_unaligned(config.data) or (Path(folder) / UNALIGNED).is_file())
 
 
 def resolved(config: Config, folder: Path) -> Config:

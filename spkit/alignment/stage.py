@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import pandas as pd
+from transformers.utils.logging import disable_progress_bar
 
 from spkit.alignment import loop, recipe
 from spkit.alignment.loop import Check
@@ -199,6 +200,7 @@ def _align(asked: Asked) -> list[Check]:
 
 
 if __name__ == "__main__":  # in a process of its own: its memory is free again for the notebooks
+    disable_progress_bar()  # of transformers, for each loading of weights
     asked_for = json.load(sys.stdin)
     try:
         run(Config.from_sources(asked_for["config"]), Path(asked_for["folder"]))
