@@ -3,10 +3,12 @@
 This file loads nothing, so that a plan can ask it. stage.py makes the results.
 """
 
+import hashlib
 import json
 from pathlib import Path
 
 from spkit.config import Config, DataConfig
+from spkit.data.readers.source import local_files
 from spkit.data.selection import is_unaligned
 from spkit.system import made_from
 
@@ -26,8 +28,24 @@ def identity(config: Config) -> dict:
     evaluation = {key: dumped["evaluation"][key] for key in ("dtype", "batch_size")}
     return {
         "params": {**{key: dumped[key] for key in (*SECTIONS, "data")}, "evaluation": evaluation},
+        "files": _files(config),
         "code": made_from.code([STAGE]),
     }
+
+
+def _files(config: Config) -> dict[str, str]:
+    """SHA-256 of the user's own files that are read; a pypi: source is named by its hash already."""
+    files = {
+        f"{name}: {file.name}": hashlib.sha256(file.read_bytes()).hexdigest()
+        for name, source in data_of(config).sources.items()
+        for file in local_files(source)
+    }
+    source = Path(config.backbone.source)
+    if source.is_dir():
+        for file in sorted(path for path in source.iterdir() if path.is_file()):
+            size = file.stat().st_size  # weights are large: known by name and size
+            files[f"backbone: {file.name}"] = str(size)
+    return files
 
 
 def data_of(config: Config) -> DataConfig:

@@ -137,12 +137,17 @@ def _input_files(config: Config, sections: tuple[str, ...]) -> Iterator[tuple[st
     data = config.data
     responses = [] if data.responses is None or is_unaligned(data) else data.responses
     named = {"data.harmful": data.harmful, "data.responses": responses}
+    if config.align.harmful is not None:
+        align = config.align
+        named |= {"align.harmful": align.harmful, "align.over_safety": align.over_safety}
+        named["align.instructions"] = align.instructions
     if "evaluation" in sections:
         named["data.evaluation"] = data.evaluation
         if data.wrappers != "none":  # the shipped file, too: it is no code
             yield "data.wrappers", _digest([wrappers_file(data.wrappers)])
     if "utility" in sections:
         named["utility.perplexity"] = config.utility.perplexity
+        named["utility.kl"] = config.utility.kl or []
         named["utility.kl"] = config.utility.kl or []
         for task, source in config.utility.sources.items():
             if Path(source.path).is_file():  # one by pypi: is named by its hash, a parameter
