@@ -24,7 +24,8 @@ def needed(config: Config) -> bool:
 
 def identity(config: Config) -> dict:
     """All that decides what this stage makes: parameters, seed and code."""
-    dumped = config.model_dump(mode="json") | {"data": data_of(config).model_dump(mode="json")}
+    dumped = config.model_dump(mode="json")
+    dumped["data"] = data_of(config).model_dump(mode="json")
     evaluation = {key: dumped["evaluation"][key] for key in ("dtype", "batch_size")}
     return {
         "params": {**{key: dumped[key] for key in (*SECTIONS, "data")}, "evaluation": evaluation},
