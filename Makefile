@@ -57,6 +57,7 @@ endif
 publish-real: $(READY)
 	mkdir -p docs/smollm2
 	cd outputs/smollm2-135m/study/tables && cp rates.csv differences.csv skills.csv about.csv ../../../../docs/smollm2/
+	$(BIN)/python -m spkit.study.continual outputs/smollm2-135m/seed-0 docs/smollm2/continual.csv
 	$(BIN)/python -m spkit.study.report docs/smollm2 README.md docs/real.md
 
 seeds: $(READY)

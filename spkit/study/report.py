@@ -19,6 +19,7 @@ from spkit.system.files import atomic
 from spkit.validation import nearest
 
 TABLES = ("rates", "differences", "skills", "about")
+CONTINUAL = "continual"  # of one run (continual.py), where it is there
 MAX_KL, MAX_LOSS = 0.1, 2.0  # nats; points of a task
 KL = "kl"
 TITLES = {"harmful": "harmful, {} %", "refusal": "refused, {} %"}
@@ -40,7 +41,8 @@ def read(folder: str | Path) -> dict[str, pd.DataFrame]:
         if not path.is_file():
             raise SpkitError(f"{path} is missing: make it with `make real BUDGET=full`")
         found[name] = pd.read_csv(path)
-    return found
+    path = Path(folder) / f"{CONTINUAL}.csv"
+    return found | ({CONTINUAL: pd.read_csv(path)} if path.is_file() else {})
 
 
 def main_table(tables: Tables, strict: bool = False) -> pd.DataFrame:
@@ -109,6 +111,20 @@ def goal(tables: Tables, variant: str = TUNED) -> list[str]:
     return lines
 
 
+def continual(tables: Tables) -> pd.DataFrame:
+    """A row for every method and stage of notebook 04: rates of every source with intervals."""
+    if CONTINUAL not in tables:
+        raise SpkitError("continual.csv is missing: make it with `make real`, then publish-real")
+    rows = []
+    for (stage, model), own in tables[CONTINUAL].groupby(["stage", "model"], sort=False):
+        row = {"after stage": stage, "model": model}
+        for cell in own.itertuples():
+            title = TITLES[cell.metric].format(NAMED.get(cell.source, cell.source))
+            row[title] = f"{cell.rate:.1f} [{cell.low:.1f}, {cell.high:.1f}]"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
 def caption(tables: Tables) -> str:
     """Numbers of backbones, derivations and prompts, the seeds and the command."""
     about = tables["about"].set_index("what")["value"]
@@ -146,6 +162,7 @@ BLOCKS: dict[str, Callable[[Tables], str]] = {
     "differences": lambda tables: markdown(differences(tables)),
     "goal": lambda tables: "\n".join(f"* {line}" for line in goal(tables)),
     "caption": caption,
+    "continual": lambda tables: markdown(continual(tables)),
 }
 MARKED = re.compile(r"(<!-- study: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
