@@ -35,7 +35,7 @@ def identity(config: Config) -> dict:
 
 
 def _files(config: Config) -> dict[str, str]:
-    """SHA-256 of the user's own files that are read; a pypi: source is named by its hash already."""
+    """SHA-256 of the files that are read; a pypi: source is named by its own hash already."""
     files = {
         f"{name}: {file.name}": hashlib.sha256(file.read_bytes()).hexdigest()
         for name, source in data_of(config).sources.items()
