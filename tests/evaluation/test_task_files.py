@@ -24,7 +24,7 @@ ABCD = ["boat", "net", "fence", "paint"]
 LETTERS = {"text": ABCD, "label": ["A", "B", "C", "D"]}
 ARC = {"id": "1", "question": "use", "choices": LETTERS, "answerKey": "C"}
 ARC_ASKS = ("Question: use\nAnswer:", ABCD, 2)
-BAD = {"endings": ["a  [x] net", "b", "c", "d"], "ctx": "left alone", "ind": 3, "source_id": "s"}
+BAD = {"endings": ["a [x] net", "b", "c", "d"], "ctx": "left alone", "ind": 3, "source_id": "s"}
 # task: (a row as published, its labelled column's names, (prompt, choices, the right one's number))
 PUBLISHED = {
     "arc_easy": (ARC, {}, ARC_ASKS),
@@ -178,7 +178,7 @@ def test_accuracy_by_hand(piqa, template):
     frame = utility.lm_eval_tasks(model, TOKENIZER, asked, name="m", seed=0)
     assert list(frame.columns) == utility.COLUMNS
     assert frame["metric"].tolist() == ["acc,none", "acc_norm,none"]
-    row = frame.iloc[0]
+    row = frame.iloc[0].to_dict()
     assert row["value"] == pytest.approx(sum(hits) / len(hits))
     assert (row["task"], row["kind"], row["n"], row["num_fewshot"]) == ("piqa", "lm-eval", 7, 0)
     assert row["chat_template"] is template
@@ -209,7 +209,9 @@ def test_draws_differ_between_tasks_and_are_even():
     assert counts.sum() == 10_000 and (counts - 500).abs().max() < 100  # 5 standard errors
 
 
-def test_a_limit_is_kept_by_the_run_and_other_tasks_stay_as_they_were(piqa, tmp_path):
+def test_a_limit_is_kept_by_the_run_and_other_tasks_stay_as_they_were(piqa, tmp_path, monkeypatch):
+    # a task of one's own is loaded by `datasets`, which counts that on a server
+    monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)
     (tmp_path / "t.json").write_text('{"q": "use", "a": 0}\n{"q": "take", "a": 1}\n')
     kept = {"data_files": {"test": str(tmp_path / "t.json")}, "cache_dir": str(tmp_path / "cache")}
     own = {"task": "own", "dataset_path": "json", "dataset_kwargs": kept, "test_split": "test"}
