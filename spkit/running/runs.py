@@ -148,7 +148,6 @@ def _input_files(config: Config, sections: tuple[str, ...]) -> Iterator[tuple[st
     if "utility" in sections:
         named["utility.perplexity"] = config.utility.perplexity
         named["utility.kl"] = config.utility.kl or []
-        named["utility.kl"] = config.utility.kl or []
         for task, source in config.utility.sources.items():
             if Path(source.path).is_file():  # one by pypi: is named by its hash, a parameter
                 yield f"utility.sources.{task}", _digest([Path(source.path)])
@@ -156,9 +155,6 @@ def _input_files(config: Config, sections: tuple[str, ...]) -> Iterator[tuple[st
         if tasks is not None and Path(tasks).is_dir():
             files = sorted(p for p in Path(tasks).rglob("*") if p.is_file())
             yield "utility.include_path", _digest(files)
-        items = [path for file in config.utility.sources.values() for path in local_files(file)]
-        if items:
-            yield "utility.sources", _digest(items)
         if questions is not None and Path(questions).is_file():
             yield "utility.mt_bench.prompts", _digest([Path(questions)])
     for key, names in named.items():

@@ -113,7 +113,7 @@ def test_a_local_task_file_counts_by_its_contents(tmp_path):
     first = identity(Config.from_sources({"utility": utility}), "00_backbone")["files"]
     file.write_bytes(b"2")
     second = identity(Config.from_sources({"utility": utility}), "00_backbone")["files"]
-    assert first["utility.sources"] != second["utility.sources"]
+    assert first["utility.sources.mine"] != second["utility.sources.mine"]
 
 
 # ---- mistakes ------------------------------------------------------------------------------------
