@@ -150,8 +150,7 @@ class DataConfig(Section):
     )
     responses: Name | None = Field(
         None,
-        description="file of responses y, or 'unaligned': those of the backbone before `align`; "
-        "null: the source's own",
+        description="file of y, or 'unaligned': what the backbone said before `align`; null: the source's",
     )
     response_tokens: int = Field(
         96, ge=1, le=4096, description="length of a response where responses is 'unaligned'"
@@ -442,8 +441,7 @@ class UtilityConfig(Section):
     perplexity_texts: int = Field(200, ge=1, description="at most so many of them")
     kl: Name | None = Field(
         None,
-        description="harmless instructions (a name in sources) on which the first answer token's "
-        "KL divergence from the backbone is taken; null: not",
+        description="name in sources of harmless instructions for the KL of the first token; null: none",
     )
     kl_prompts: int = Field(100, ge=1, description="at most so many of them")
     mt_bench: MtBenchConfig = Field(default_factory=MtBenchConfig, description="open questions")

@@ -12,6 +12,7 @@ whose keys and values serve both openings, and nothing is generated: how an answ
 about refusing (Qi et al., arXiv 2406.05946).
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -77,11 +78,10 @@ def opening_logprobs(model, batch: Batch, openings: Sequence[list[list[int]]]) -
                 input_ids=tokens[:, :-1].to(device),
                 attention_mask=torch.cat([mask, torch.ones(len(rows), length - 1)], 1).to(device),
                 position_ids=steps.to(device),
-                past_key_values=cache,
+                past_key_values=copy.deepcopy(cache),  # a sliding window cannot be cut back
                 use_cache=True,
             )
             logits.append(later.logits)
-            cache.crop(1 - length)  # as it was after the prompt
         logprobs = torch.cat(logits, dim=1).float().log_softmax(dim=-1).cpu()
         own = logprobs.gather(2, tokens[..., None]).squeeze(2).double() * counted
         found.append(own.sum(dim=1) / counted.sum(dim=1))

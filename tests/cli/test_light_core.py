@@ -12,8 +12,8 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 ABSENT = """
-accelerate bitsandbytes datasets huggingface_hub ipywidgets IPython jupyterlab lm_eval matplotlib
-optuna pandas papermill peft psutil pyarrow seaborn snakemake statsmodels tabulate tokenizers torch
+accelerate bitsandbytes datasets gguf huggingface_hub ipywidgets IPython jupyterlab lm_eval
+matplotlib optuna pandas papermill peft psutil pyarrow seaborn snakemake statsmodels tabulate tokenizers torch
 transformers
 """.split()
 BLOCKED = f"""

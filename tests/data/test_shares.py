@@ -71,6 +71,7 @@ def data(texts=TEXTS, **values):
 
 def align(**values):
     given = {"harmful": "adv", "pairs": MANY, "instructions": "asked", "over_safety": ["mild"]}
+    given["as_questions"] = 0.0
     return AlignConfig(**{**given, **values})
 
 

@@ -134,23 +134,25 @@ def written(path, count=40, **extra):
 def test_dev_and_test_never_share_a_prompt_and_the_sample_is_fixed(tmp_path):
     path = written(tmp_path / "calm.jsonl")
     dev, test = (kl_prompts(config(path, split)) for split in ("dev", "test"))
-    assert not set(dev) & set(test) and len(dev) + len(test) == 40
+    assert (
+        not set(dev) & set(test) and 25 <= len(dev) + len(test) < 40
+    )  # the rest is the alignment's
     assert min(len(dev), len(test)) >= 5
     few = kl_prompts(config(path, kl_prompts=5))
     assert few == kl_prompts(config(path, kl_prompts=5)) and len(few) == 5
     assert set(few) < set(test) and few != test[:5]
 
 
-def test_a_row_may_say_its_split_and_harmful_ones_are_left_out(tmp_path):
+def test_a_row_may_say_its_split_and_a_harmful_one_is_an_error(tmp_path):
     path = written(tmp_path / "calm.jsonl", split="dev")
     assert len(kl_prompts(config(path, "dev"))) == 40
-    with pytest.raises(SpkitError, match="utility.kl is 'calm', which has no harmless prompt of"):
+    with pytest.raises(SpkitError, match="calm: no instruction for 'test' among its prompts"):
         kl_prompts(config(path))
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows[3]["objective"] = "harmful"
     path.write_text("\n".join(map(json.dumps, rows)))
-    assert rows[3]["prompt"] not in kl_prompts(config(path, "dev"))
-    assert len(kl_prompts(config(path, "dev"))) == 39
+    with pytest.raises(SpkitError, match="calm: the prompt '4' is harmful"):
+        kl_prompts(config(path, "dev"))
 
 
 def test_the_village_has_harmless_instructions_too():

@@ -421,9 +421,9 @@ def test_an_error_while_saving_gives_the_model_back(save, tmp_path, monkeypatch)
 def test_the_limit_on_tokens_is_that_of_the_data(tmp_path, monkeypatch):
     limits = []
 
-    def spy(tokenizer, prompt, response, loss_on, max_tokens):
+    def spy(tokenizer, prompt, response, loss_on, max_tokens, ends):
         limits.append(max_tokens)
-        return own(tokenizer, prompt, response, loss_on, max_tokens)
+        return own(tokenizer, prompt, response, loss_on, max_tokens, ends)
 
     own = scoring.encode_pair
     monkeypatch.setattr(scoring, "encode_pair", spy)
