@@ -150,7 +150,7 @@ class DataConfig(Section):
     )
     responses: Name | None = Field(
         None,
-        description="file of y, or 'unaligned': what the backbone said before `align`; null: the source's",
+        description="file of y; 'unaligned': said by the backbone before `align`; null: own",
     )
     response_tokens: int = Field(
         96, ge=1, le=4096, description="length of a response where responses is 'unaligned'"
@@ -441,7 +441,7 @@ class UtilityConfig(Section):
     perplexity_texts: int = Field(200, ge=1, description="at most so many of them")
     kl: Name | None = Field(
         None,
-        description="name in sources of harmless instructions for the KL of the first token; null: none",
+        description="harmless instructions (in sources) for the first token's KL; null: none",
     )
     kl_prompts: int = Field(100, ge=1, description="at most so many of them")
     mt_bench: MtBenchConfig = Field(default_factory=MtBenchConfig, description="open questions")

@@ -13,8 +13,8 @@ import torch
 ROOT = Path(__file__).parents[2]
 ABSENT = """
 accelerate bitsandbytes datasets gguf huggingface_hub ipywidgets IPython jupyterlab lm_eval
-matplotlib optuna pandas papermill peft psutil pyarrow seaborn snakemake statsmodels tabulate tokenizers torch
-transformers
+matplotlib optuna pandas papermill peft psutil pyarrow seaborn snakemake statsmodels tabulate
+tokenizers torch transformers
 """.split()
 BLOCKED = f"""
 import sys
