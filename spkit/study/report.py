@@ -105,9 +105,10 @@ def goal(tables: Tables, variant: str = TUNED) -> list[str]:
             word = "within" if cell.mean <= MAX_KL else "above"
             lines.append(f"{variant}: KL {cell.mean:.2f} nats, {word} the goal of {MAX_KL}.")
         elif cell.metric.startswith("acc,"):
-            lost = -100 * cell.difference
-            word = "within" if lost <= MAX_LOSS else "more than"
-            lines.append(f"{variant}: {cell.task} loses {lost:.1f} points, {word} {MAX_LOSS:.0f}.")
+            gap = 100 * cell.difference + 0.0  # no "-0.0"
+            word = "within" if gap >= -MAX_LOSS else "beyond"
+            moved = f"{cell.task} {gap:+.1f} points"
+            lines.append(f"{variant}: {moved}, {word} the loss of {MAX_LOSS:.0f} that is allowed.")
     return lines
 
 
@@ -134,7 +135,7 @@ def caption(tables: Tables) -> str:
     )
     return (
         f"Percent of held-out prompts ({counted}); means over {about['backbones']} held-out "
-        f"backbones (seeds {about['seeds']}) and {about['derivations']} derivations each, with "
+        f"backbones (seeds {about['seeds']}), {about['derivations']} derivation(s) each, with "
         f"95 % intervals. `{about['command']}`, {about['machine']}, commit {about['commit']}."
     )
 

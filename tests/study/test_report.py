@@ -82,4 +82,4 @@ def test_a_goal_is_told_as_it_is():
     assert "no clear difference" in lines[1]
     assert "higher, its interval above zero" in lines[2]
     assert "KL 0.20 nats, above the goal of 0.1" in lines[3]
-    assert "piqa loses 1.0 points, within 2" in lines[4]
+    assert "piqa -1.0 points, within the loss of 2 that is allowed" in lines[4]
