@@ -3,17 +3,14 @@
 `spkit report docs/experiment` prints them all; with `--into README.md` it fills that page.
 """
 
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from spkit.comparison import report, sentences
 from spkit.comparison.arena import SCORES
+from spkit.comparison.blocks import fill_pages, filled
 from spkit.comparison.report import Tables, read_tables, to_markdown
 from spkit.comparison.sentences import bullets
-from spkit.errors import SpkitError
-from spkit.system.files import atomic
-from spkit.validation import nearest
 
 IN_README = ("base", "SafePatching", "SafePatching, balanced", "Task Arithmetic, balanced", "GA")
 
@@ -50,28 +47,17 @@ BLOCKS: dict[str, Callable[[Tables], str]] = {
     },
     **{f"phrasing, {s}": lambda t, s=s: to_markdown(report.remaining(t, s)) for s in SCORES},
 }
-MARKED = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def fill(page: str, tables: Tables) -> str:
     """The page with every marked block made anew; SpkitError for a block that is not known."""
-
-    def made(match: re.Match) -> str:
-        start, name, end = match.groups()
-        if name not in BLOCKS:
-            raise SpkitError(f"no block {name!r}{nearest(name, list(BLOCKS))}")
-        return f"{start}\n{BLOCKS[name](tables)}\n\n{end}"
-
-    return MARKED.sub(made, page)
+    return filled(page, "table", BLOCKS, tables)
 
 
 def publish(tables: str | Path, pages: Iterable[str | Path]) -> None:
     """Fill the marked blocks of these pages from the folder of tables."""
     found = read_tables(tables)
-    for page in map(Path, pages):
-        text = fill(page.read_text(encoding="utf-8"), found)
-        with atomic(page) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    fill_pages(pages, lambda page: fill(page, found))
 
 
 def markdown(tables: Tables) -> str:

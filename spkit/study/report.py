@@ -4,7 +4,6 @@ Between `<!-- study: name -->` and `<!-- end -->` stands what BLOCKS makes of th
 `python -m spkit.study.report docs/smollm2 README.md docs/real.md` fills these pages.
 """
 
-import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -12,11 +11,10 @@ from pathlib import Path
 import pandas as pd
 from tabulate import tabulate
 
+from spkit.comparison import blocks
 from spkit.errors import SpkitError
 from spkit.study.tables import SHOWN
 from spkit.study.variants import BASE, NAMES, TUNED
-from spkit.system.files import atomic
-from spkit.validation import nearest
 
 TABLES = ("rates", "differences", "skills", "about")
 CONTINUAL = "continual"  # of one run (continual.py), where it is there
@@ -165,28 +163,17 @@ BLOCKS: dict[str, Callable[[Tables], str]] = {
     "caption": caption,
     "continual": lambda tables: markdown(continual(tables)),
 }
-MARKED = re.compile(r"(<!-- study: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def filled(page: str, tables: Tables) -> str:
     """The page with every marked block made anew; SpkitError for a block that is not known."""
-
-    def made(match: re.Match) -> str:
-        start, name, end = match.groups()
-        if name not in BLOCKS:
-            raise SpkitError(f"no block {name!r}{nearest(name, list(BLOCKS))}")
-        return f"{start}\n{BLOCKS[name](tables)}\n\n{end}"
-
-    return MARKED.sub(made, page)
+    return blocks.filled(page, "study", BLOCKS, tables)
 
 
 def publish(tables: str | Path, pages: Iterable[str | Path]) -> None:
     """Fill the marked blocks of these pages from the folder of tables."""
     found = read(tables)
-    for page in map(Path, pages):
-        text = filled(page.read_text(encoding="utf-8"), found)
-        with atomic(page) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    blocks.fill_pages(pages, lambda page: filled(page, found))
 
 
 if __name__ == "__main__":
