@@ -218,10 +218,10 @@ def _run_snakemake(planned: Planned, cores: int, together: int) -> None:
     with atomic(resolved) as path:
         path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     # --nolock: a killed run would leave a lock behind, and the next one is to resume there
-    command = [sys.executable, "-m", "snakemake", "--cores", str(cores), "--rerun-incomplete"]
+    targets = [] if planned.whole else [str(path) for path in planned.stamps.values()]
+    command = [sys.executable, "-m", "snakemake", *targets, "--cores", str(cores)]
+    command += ["--rerun-incomplete"]
     command += ["--nolock", "--quiet", "progress", "host", "reason"]
-    if not planned.whole:
-        command += map(str, planned.stamps.values())
     command += ["--config", f"params={resolved}"]
     log = run_folder(config) / "log" / "snakemake.txt"
     with log.open("w", encoding="utf-8") as file, _child(command, file) as child:
