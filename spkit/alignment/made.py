@@ -4,13 +4,13 @@ This file loads nothing, so that a plan can ask it. stage.py makes the results.
 """
 
 import hashlib
-import json
 from pathlib import Path
 
 from spkit.config import Config, DataConfig
 from spkit.data.readers.source import local_files
 from spkit.data.selection import is_unaligned
 from spkit.system import made_from
+from spkit.system.record import is_made_from
 
 RECORD, UNALIGNED, CHECKS = "record.json", "unaligned.jsonl", "checks.csv"
 STAGE = "spkit.alignment.stage"  # its code decides the results
@@ -63,11 +63,7 @@ def data_of(config: Config) -> DataConfig:
 
 def finished(config: Config, folder: Path) -> bool:
     """Whether the stage is complete in `folder`, made from these parameters and this code."""
-    try:
-        record = json.loads((Path(folder) / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    if record["identity"] != json.loads(json.dumps(identity(config))):
+    if not is_made_from(Path(folder) / RECORD, identity(config)):
         return False
     aligned = config.align.harmful is None or model_folder(config, folder).is_dir()
     return aligned and (not is_unaligned(config.data) or (Path(folder) / UNALIGNED).is_file())

@@ -39,10 +39,15 @@ def examples(
     draw = random.Random(seed)
     encoded = [encode_pair(tokenizer, prompt, draw.choice(REFUSALS)) for prompt in harmful]
     return encoded + [
-        encode_pair(tokenizer, prompt, answer, ends=len(tokenizer.encode(answer)) < longest - 1)
+        encode_pair(tokenizer, prompt, answer, ends=ended(tokenizer, answer, longest))
         for prompt, answer in zip(instructions, answers, strict=True)
         if answer.strip()
     ]
+
+
+def ended(tokenizer, answer: str, longest: int) -> bool:
+    """Whether an answer came to its end by itself: one that took all its tokens was cut."""
+    return len(tokenizer.encode(answer, add_special_tokens=False)) < longest - 1
 
 
 def shuffled(count: int, seed: int, epoch: int) -> list[int]:

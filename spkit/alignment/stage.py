@@ -49,7 +49,7 @@ from spkit.models.loading import DTYPES, load, resolve_dtype
 from spkit.system import resume
 from spkit.system.determinism import make_deterministic
 from spkit.system.files import atomic, make_folder, save_csv
-from spkit.system.machine import versions
+from spkit.system.record import write_record
 
 OWN_ANSWER = 64  # tokens of its own answer to a harmless instruction
 
@@ -72,13 +72,7 @@ def run(config: Config, folder: Path) -> Path:
         _write_unaligned(own)
     checks = _align(own) if config.align.harmful else []
     save_csv(folder / CHECKS, pd.DataFrame(checks))
-    record = {
-        "identity": identity(config),
-        "versions": versions(),
-        "seconds": round(time.monotonic() - began, 1),
-    }
-    with atomic(folder / RECORD) as path:
-        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_record(folder / RECORD, identity(config), time.monotonic() - began)
     return folder
 
 
@@ -152,8 +146,7 @@ def _write_unaligned(asked: Asked) -> None:
     )
     lines = []
     for row in kept.itertuples():
-        tokens = len(asked.tokenizer.encode(row.response, add_special_tokens=False))
-        ends = tokens < data.response_tokens - 1  # one that took all its tokens was cut
+        ends = recipe.ended(asked.tokenizer, row.response, data.response_tokens)
         lines.append(json.dumps({"prompt": row.prompt, "response": row.response, "ends": ends}))
     with atomic(asked.folder / UNALIGNED) as path:
         path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

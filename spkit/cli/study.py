@@ -55,7 +55,7 @@ def study(
     config = load_params(params, given)
     made = run.run(config, seeds or run.SEEDS, derivations, given)
     found = report.read(made)
-    print(f"\n{report.markdown(report.main_table(found))}\n\n{report.caption(found)}\n")
+    print(f"\n{report.to_markdown(report.main_table(found))}\n\n{report.caption(found)}\n")
     print("\n".join(report.goal(found)))
     if into:
         report.publish(made, into)

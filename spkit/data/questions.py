@@ -4,10 +4,9 @@ AdvBench orders, over-safety prompts ask. A backbone that learns to refuse order
 questions, so alignment and D_h can have both forms. English only.
 """
 
-import hashlib
 import re
 
-from spkit.data.readers.texts import normalised
+from spkit.data.readers.texts import normalised, place_of
 
 HOW_TO = re.compile(r"\bhow to (?P<what>.+)$", re.IGNORECASE | re.DOTALL)
 
@@ -25,9 +24,9 @@ def as_question(request: str) -> str:
 
 def some_as_questions(requests: list[str], share: float) -> list[str]:
     """Of all requests the share `share` as questions: a hash of the text decides which."""
-    return [as_question(text) if _place(text) < share else text for text in requests]
-
-
-def _place(text: str) -> float:
-    digest = hashlib.sha256(f"as a question: {normalised(text)}".encode("utf-8", "surrogatepass"))
-    return int.from_bytes(digest.digest()[:8], "big") / 2**64
+    # other words before the text than in texts.py: another draw than that of splits and shares
+    places = [place_of(f"as a question: {normalised(text)}") for text in requests]
+    return [
+        as_question(text) if place < share else text
+        for text, place in zip(requests, places, strict=True)
+    ]

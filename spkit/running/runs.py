@@ -149,8 +149,8 @@ def _input_files(config: Config, sections: tuple[str, ...]) -> Iterator[tuple[st
         named["utility.perplexity"] = config.utility.perplexity
         named["utility.kl"] = config.utility.kl or []
         for task, source in config.utility.sources.items():
-            if Path(source.path).is_file():  # one by pypi: is named by its hash, a parameter
-                yield f"utility.sources.{task}", _digest([Path(source.path)])
+            if files := local_files(source):  # one by pypi: is named by its hash, a parameter
+                yield f"utility.sources.{task}", _digest(files)
         tasks, questions = config.utility.include_path, config.utility.mt_bench.prompts
         if tasks is not None and Path(tasks).is_dir():
             files = sorted(p for p in Path(tasks).rglob("*") if p.is_file())

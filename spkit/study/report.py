@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import pandas as pd
-from tabulate import tabulate
 
 from spkit.comparison import blocks
+from spkit.comparison.report import to_markdown
 from spkit.errors import SpkitError
 from spkit.study.tables import SHOWN
 from spkit.study.variants import BASE, NAMES, TUNED
@@ -20,6 +20,8 @@ TABLES = ("rates", "differences", "skills", "about")
 CONTINUAL = "continual"  # of one run (continual.py), where it is there
 MAX_KL, MAX_LOSS = 0.1, 2.0  # nats; points of a task
 KL = "kl"
+STRICT = ", strict"  # behind the name of a metric
+GAP = "{difference:+.1f} [{low:+.1f}, {high:+.1f}]"
 TITLES = {"harmful": "harmful, {} %", "refusal": "refused, {} %"}
 NAMED = {
     "advbench": "AdvBench",
@@ -43,18 +45,29 @@ def read(folder: str | Path) -> dict[str, pd.DataFrame]:
     return found | ({CONTINUAL: pd.read_csv(path)} if path.is_file() else {})
 
 
+def _title(cell) -> str:
+    """The title of a source's column: a cell of any of the tables, with metric and source."""
+    metric = cell.metric.removesuffix(STRICT)
+    return TITLES[metric].format(NAMED.get(cell.source, cell.source))
+
+
+def _row(table: pd.DataFrame, variant: str, strict: bool, form: str) -> dict[str, str]:
+    """One variant's row: every source's cell in this form, such as "{mean:.1f}"."""
+    row = {"model": variant}
+    for metric in SHOWN.values():
+        key = f"{metric}{STRICT}" if strict else metric
+        for cell in table[(table["metric"] == key) & (table["variant"] == variant)].itertuples():
+            row[_title(cell)] = form.format(**cell._asdict())
+    return row
+
+
 def main_table(tables: Tables, strict: bool = False) -> pd.DataFrame:
     """A row a variant: failure rates of every source, KL, and the tasks; "mean [low, high]"."""
-    rates, rows = tables["rates"], []
-    for variant in NAMES:
-        row = {"model": variant}
-        for metric in SHOWN.values():
-            key = f"{metric}, strict" if strict else metric
-            own = rates[(rates["metric"] == key) & (rates["variant"] == variant)]
-            for cell in own.itertuples():
-                title = TITLES[metric].format(NAMED.get(cell.source, cell.source))
-                row[title] = f"{cell.mean:.1f} [{cell.low:.1f}, {cell.high:.1f}]"
-        rows.append(row | _skills(tables["skills"], variant))
+    rows = [
+        _row(tables["rates"], variant, strict, "{mean:.1f} [{low:.1f}, {high:.1f}]")
+        | _skills(tables["skills"], variant)
+        for variant in NAMES
+    ]
     return pd.DataFrame(rows)
 
 
@@ -70,16 +83,8 @@ def _skills(skills: pd.DataFrame, variant: str) -> dict[str, str]:
 
 def differences(tables: Tables, strict: bool = False) -> pd.DataFrame:
     """Every variant minus the base, in percentage points, with intervals."""
-    table, rows = tables["differences"], []
-    for variant in (name for name in NAMES if name != BASE):
-        row = {"model": variant}
-        for metric in SHOWN.values():
-            key = f"{metric}, strict" if strict else metric
-            own = table[(table["metric"] == key) & (table["variant"] == variant)]
-            for cell in own.itertuples():
-                title = TITLES[metric].format(NAMED.get(cell.source, cell.source))
-                row[title] = f"{cell.difference:+.1f} [{cell.low:+.1f}, {cell.high:+.1f}]"
-        rows.append(row)
+    table = tables["differences"]
+    rows = [_row(table, name, strict, GAP) for name in NAMES if name != BASE]
     return pd.DataFrame(rows)
 
 
@@ -89,15 +94,15 @@ def goal(tables: Tables, variant: str = TUNED) -> list[str]:
     own = table[(table["variant"] == variant) & table["metric"].isin(SHOWN.values())]
     lines = []
     for cell in own.itertuples():
-        what = TITLES[cell.metric].format(NAMED.get(cell.source, cell.source)).removesuffix(" %")
+        what = _title(cell).removesuffix(" %")
         if cell.high < 0:
             verdict = "lower, its interval below zero"
         elif cell.low > 0:
             verdict = "higher, its interval above zero"
         else:
             verdict = "no clear difference"
-        gap = f"{cell.difference:+.1f} [{cell.low:+.1f}, {cell.high:+.1f}] points"
-        lines.append(f"{variant}: {what}: {gap} from the base: {verdict}.")
+        gap = GAP.format(**cell._asdict())
+        lines.append(f"{variant}: {what}: {gap} points from the base: {verdict}.")
     for cell in skills[skills["variant"] == variant].itertuples():
         if cell.metric == KL:
             word = "within" if cell.mean <= MAX_KL else "above"
@@ -118,8 +123,7 @@ def continual(tables: Tables) -> pd.DataFrame:
     for (stage, model), own in tables[CONTINUAL].groupby(["stage", "model"], sort=False):
         row = {"after stage": stage, "model": model}
         for cell in own.itertuples():
-            title = TITLES[cell.metric].format(NAMED.get(cell.source, cell.source))
-            row[title] = f"{cell.rate:.1f} [{cell.low:.1f}, {cell.high:.1f}]"
+            row[_title(cell)] = f"{cell.rate:.1f} [{cell.low:.1f}, {cell.high:.1f}]"
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -138,11 +142,6 @@ def caption(tables: Tables) -> str:
     )
 
 
-def markdown(frame: pd.DataFrame) -> str:
-    """A data frame as a table of markdown; an empty cell where a variant has no figure."""
-    return tabulate(frame.fillna(""), headers="keys", tablefmt="github", showindex=False)
-
-
 def in_short(tables: Tables) -> pd.DataFrame:
     """README's table: the columns of AdvBench, XSTest and OKTest, KL and the tasks.
 
@@ -155,13 +154,13 @@ def in_short(tables: Tables) -> pd.DataFrame:
 
 
 BLOCKS: dict[str, Callable[[Tables], str]] = {
-    "in short": lambda tables: markdown(in_short(tables)),
-    "main": lambda tables: markdown(main_table(tables)),
-    "strict": lambda tables: markdown(main_table(tables, strict=True)),
-    "differences": lambda tables: markdown(differences(tables)),
+    "in short": lambda tables: to_markdown(in_short(tables)),
+    "main": lambda tables: to_markdown(main_table(tables)),
+    "strict": lambda tables: to_markdown(main_table(tables, strict=True)),
+    "differences": lambda tables: to_markdown(differences(tables)),
     "goal": lambda tables: "\n".join(f"* {line}" for line in goal(tables)),
     "caption": caption,
-    "continual": lambda tables: markdown(continual(tables)),
+    "continual": lambda tables: to_markdown(continual(tables)),
 }
 
 

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+from torch import Tensor
 
-from spkit.comparison.methods.bundle import load_bundle, make_bundle, save_bundle
+from spkit.comparison.methods.bundle import calibrate, load_bundle, make_bundle, save_bundle
 from spkit.config import Config
 from spkit.data.selection import load_eval_prompts, load_harmful_pairs
 from spkit.evaluation.judges import judged
@@ -31,15 +32,14 @@ from spkit.evaluation.utility.first_token import (
 )
 from spkit.evaluation.variants import respond_as
 from spkit.method.balancing import balanced, first_token_losses
-from spkit.method.importance import Calibration
 from spkit.method.safepatching import SafePatching
 from spkit.method.training import Checkpoints
 from spkit.models.loading import load
 from spkit.study.variants import BASE, patches
 from spkit.system import made_from, resume
 from spkit.system.determinism import make_deterministic
-from spkit.system.files import atomic, make_folder, save_csv
-from spkit.system.machine import hardware, versions
+from spkit.system.files import make_folder, save_csv
+from spkit.system.record import is_made_from, write_record
 
 RECORD = "record.json"
 SECTIONS = "backbone data align derivation importance patching evaluation judges utility".split()
@@ -73,11 +73,7 @@ class Unit:
 
     def finished(self) -> bool:
         """Whether it is there, made from the same."""
-        try:
-            record = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return False
-        return record["identity"] == json.loads(json.dumps(self.identity))
+        return is_made_from(self.folder / RECORD, self.identity)
 
     def run(self, base: Path) -> None:
         """Make it, unless it is finished. base: the folder of the base's unit."""
@@ -94,14 +90,7 @@ class Unit:
         responses = judged(pd.concat(answers, ignore_index=True), prompts, self.config)
         save_csv(self.folder / "responses.csv", responses)
         save_csv(self.folder / "utility.csv", pd.concat(skills, ignore_index=True))
-        record = {
-            "identity": self.identity,
-            "versions": versions(),
-            "hardware": hardware(),
-            "seconds": round(time.monotonic() - began, 1),
-        }
-        with atomic(self.folder / RECORD) as path:
-            path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_record(self.folder / RECORD, self.identity, time.monotonic() - began)
 
     def _asked(self, prompts, base: Path) -> Iterator[tuple[pd.DataFrame, pd.DataFrame]]:
         """(answers, skills) of each variant."""
@@ -110,20 +99,26 @@ class Unit:
         model, tokenizer = load(source, **config.answering)
         variants: Iterator[tuple[str, Mapping]] = iter([(BASE, {})])
         if method is not None:
-            pairs = load_harmful_pairs(config.data, seed=self.seed)
-            calibration = Calibration(pairs, config.importance, self.seed, config.data.max_tokens)
             if config.patching.balance is not None:
+                pairs = load_harmful_pairs(config.data, seed=self.seed)
+                calibration = calibrate(pairs, config, self.seed)
                 method = balanced(method, first_token_losses(model, tokenizer, calibration))
             variants = patches(method)
         settings = config.evaluation.model_dump(include={"max_new_tokens", "batch_size"})
         context = json.dumps(self.identity, sort_keys=True)
         settings |= {"folder": self.folder / "answers", "checkpoint": source, "context": context}
         for name, said in respond_as(model, tokenizer, variants, prompts, **settings):
-            first = first_tokens(model, tokenizer, config)
-            if name == BASE and first is not None:
-                save_first_tokens(self.folder, first, config)
-            before = None if first is None else load_first_tokens(base / FILE, config)
+            before = self._first_tokens_of_base(model, tokenizer, base)
             yield said, measure(model, tokenizer, config, name=name, base_logprobs=before)
+
+    def _first_tokens_of_base(self, model, tokenizer, base: Path) -> Tensor | None:
+        """Taken and kept by the base's unit, read by the others; None where no KL is asked for."""
+        if self.config.utility.kl is None:
+            return None
+        if self.derivation is None:
+            found = first_tokens(model, tokenizer, self.config)
+            save_first_tokens(self.folder, found, self.config)
+        return load_first_tokens(base / FILE, self.config)
 
     def bundle_folder(self) -> Path:
         """Its name tells what the bundle was made from: not from the setting of the patch."""
@@ -136,8 +131,8 @@ class Unit:
         config, place = self.config, self.bundle_folder()
         if not place.is_dir():
             quantization = config.derivation.quantization
-            loading = {**config.backbone.loading, "quantization": quantization}
-            model, tokenizer = load(config.backbone.source, **loading)
+            source, loading = config.backbone.source, config.backbone.loading
+            model, tokenizer = load(source, quantization=quantization, **loading)
             pairs = load_harmful_pairs(config.data, seed=self.seed)
             kept = Checkpoints(self.folder / "checkpoints")
             made = make_bundle(model, tokenizer, pairs, config, seed=self.seed, checkpoints=kept)

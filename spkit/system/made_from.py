@@ -31,7 +31,7 @@ PLUMBING = frozenset(
         ),
         *("running.runs", "running.seeds", "running.shape", "running.summary"),
         *("system.files", "system.machine", "system.made_from", "system.out_of_memory"),
-        *("system.progress", "system.store"),
+        *("system.progress", "system.record", "system.store"),
         *("comparison.graph", "comparison.plan", "comparison.budget"),
         "comparison.run",
     )

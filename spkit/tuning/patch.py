@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from tabulate import tabulate
 
+from spkit.comparison.report import to_markdown
 from spkit.config import Config, load_params
 from spkit.evaluation.labels import labelled
 from spkit.evaluation.rates import headline
@@ -57,19 +57,17 @@ def report(config: Config, points: pd.DataFrame) -> str:
         f"{config.evaluation.confidence}",
         "## Chosen on dev",
         f"```\n{summary(points)}\n```",
-        _table(pd.DataFrame({"patching": setting.keys(), "value": setting.values()})),
+        to_markdown(pd.DataFrame({"patching": setting.keys(), "value": setting.values()})),
         "## On held-out prompts",
-        _table(headline(shown).round(1).reset_index(names="model")),
+        to_markdown(headline(shown).round(1).reset_index(names="model")),
         f"* {sentence(shown, ours, 'base', config.evaluation.confidence)}",
         "## Skill",
-        _table(labelled(short_table(skills), config.patching).round(3).reset_index(names="model")),
+        to_markdown(
+            labelled(short_table(skills), config.patching).round(3).reset_index(names="model")
+        ),
         "## Files",
         f"* the patch: `{stages[1] / 'patch.safetensors'}` and its card, `patch_card.md`",
         f"* the patched checkpoint: `{stages[1] / 'model'}`",
         "* do not publish the run folder: it holds the OSM patch and answers of unsafe models",
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _table(frame: pd.DataFrame) -> str:
-    return tabulate(frame.fillna(""), headers="keys", tablefmt="github", showindex=False)

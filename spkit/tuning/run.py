@@ -202,10 +202,7 @@ class _Tuning:
         )
         self.stops = list(bundles)
         self.own = self._own_stop()
-        loading = config.backbone.loading
-        loading |= {"dtype": config.evaluation.dtype or loading["dtype"]}
-        quantization = config.evaluation.quantization
-        self.model, self.tokenizer = load(source, quantization=quantization, **loading)
+        self.model, self.tokenizer = load(source, **config.answering)
         pairs = load_harmful_pairs(config.data, seed=config.seed)
         calibration = calibrate(pairs, config, config.seed)
         self.losses = first_token_losses(self.model, self.tokenizer, calibration)

@@ -37,13 +37,18 @@ def instruction_share_of(text: str, align: float, dev_share: float) -> str:
 
 def _interval(text: str, lengths: Mapping[str, float]) -> str:
     """Where the hash of the normalised text, in [0, 1), falls: one interval after the other."""
-    digest = hashlib.sha256(normalised(text).encode("utf-8", "surrogatepass")).digest()
-    place, end = int.from_bytes(digest[:8], "big") / 2**64, 0.0
+    place, end = place_of(normalised(text)), 0.0
     for name, length in lengths.items():
         end += length
         if place < end:
             return name
     return "test"
+
+
+def place_of(text: str) -> float:
+    """A number in [0, 1) that the hash of a text decides, whatever it is drawn for."""
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 @cache

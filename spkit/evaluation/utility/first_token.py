@@ -37,11 +37,6 @@ def kl_prompts(config: Config) -> list[str]:
         rows = [p for p in world.eval_prompts(split) if p.objective == "utility"]
     else:
         rows = instructions_of(config.data, named, split)
-    if not rows:
-        raise SpkitError(
-            f"utility.kl is {named!r}, which has no harmless prompt of the split {split!r} "
-            "(evaluation.split)"
-        )
     return [row.prompt for row in sample(rows, config.utility.kl_prompts, seed=0)]
 
 
