@@ -132,7 +132,7 @@ def _digest(value: Any) -> str:
 
 def _of_patches(made_from: Mapping) -> str:
     """Names the derivation and the scores; where the ascent stops is in the names of its files."""
-    sections = ("backbone", "sandbox", "data", "derivation", "importance")
+    sections = ("backbone", "sandbox", "data", "align", "derivation", "importance")
     params = json.loads(json.dumps({key: made_from["params"][key] for key in sections}))
     params["derivation"]["ascent"].pop("stop_mean_loss")
     roots = code(["spkit.comparison.methods.bundle", "spkit.sandbox.backbone"])
