@@ -1,6 +1,6 @@
 # The graph of notebooks: one rule a notebook, run by papermill. `spkit run` calls it; by hand:
 #
-#   snakemake --cores 2 --config params=params/sandbox.yaml seed=1 "overrides={patching.alpha: 2.0}"
+#   snakemake --cores 2 --config params=params/sandbox.yaml seed=1 "overrides={patching.beta: 2.0}"
 #
 # What reruns, and why: a stage's output is an empty file whose *name* is a digest of all that the
 # stage was made from: the sections of the parameters on which it depends, the seed, the user's own

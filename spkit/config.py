@@ -9,10 +9,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from spkit.errors import SpkitError
-from spkit.validation import Section, Wrong, checked, read_yaml, refuse_tokens, with_overrides
+from spkit.paths import expanded
+from spkit.validation import (
+    Section,
+    Wrong,
+    checked,
+    placed,
+    read_yaml,
+    refuse_tokens,
+    with_overrides,
+)
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["nf4", "none"]
@@ -22,10 +31,15 @@ ContinualMethod = Literal["safepatching", "balanced", "ga", "npo", "task_arithme
 Rate = Annotated[float, Field(gt=0, le=1)]  # a share of weights; 0 would keep nothing at all
 Percent = Annotated[float, Field(ge=0, le=100)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+# "balanced": the layers are spread over all GPUs
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|balanced|cuda(:[0-9]+)?)$")]
+# a file, a folder, or a name that is none ("sandbox", a hub id): ~ and $NAME are expanded
+Place = Annotated[Name, AfterValidator(placed)]
+Folder = Annotated[Name, AfterValidator(expanded)]  # one that is written to: it need not be there
 
 
 class BackboneConfig(Section):
-    source: Name = Field(
+    source: Place = Field(
         "sandbox", description="'sandbox', a local folder, a hub id, or a GGUF file by pypi:"
     )
     revision: str | None = Field(None, description="revision on the hub; null: the latest")
@@ -34,11 +48,19 @@ class BackboneConfig(Section):
         "float32",
         description="auto: bfloat16 where the device has it, else float16; float32 on a CPU",
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where it runs")
+    device: Device = Field(
+        "auto", description="cpu, cuda, cuda:1, mps; balanced: over all GPUs; auto: cuda or cpu"
+    )
     system_prompt: Name | None = Field(
         None,
         description="before every prompt; inside the user's turn where the format has no system "
         "role",
+    )
+    chat_template: Place | None = Field(
+        None, description="Jinja text, or a file of it, instead of the checkpoint's; null: its own"
+    )
+    chat_template_arguments: dict[Name, Any] = Field(
+        {}, description="what the chat template is given, such as {enable_thinking: false}"
     )
 
     @model_validator(mode="after")
@@ -99,10 +121,11 @@ class SandboxConfig(Section):
 class SourceConfig(Section):
     """Where one data set lies, and who reads it: a hub id, or a local file or folder."""
 
-    reader: Literal["advbench", "beavertails", "xstest", "oktest", "pyrit", "rho", "own"] = Field(
-        description="schema of the data set; own: the keys of one's own JSONL or CSV file"
-    )
-    path: Name = Field(
+    reader: Literal[
+        *("advbench", "beavertails", "harmbench", "jailbreakbench", "sorrybench", "strongreject"),
+        *("xstest", "oktest", "orbench", "wildguardmix", "pyrit", "rho", "own"),
+    ] = Field(description="schema of the data set; own: the keys of one's own JSONL or CSV file")
+    path: Place = Field(
         description="hub id, local file (CSV, JSONL, JSON, Parquet) or pypi:PACKAGE==VERSION/PATH"
     )
     revision: str | None = Field(None, description="revision on the hub; null: the latest")
@@ -117,7 +140,7 @@ class SourceConfig(Section):
 class FileConfig(Section):
     """One file: local, or in a wheel of the package registry."""
 
-    path: Name = Field(description="a local file, or pypi:PACKAGE==VERSION/PATH")
+    path: Place = Field(description="a local file, or pypi:PACKAGE==VERSION/PATH")
     sha256: Sha256 | None = Field(None, description="of the file, where the path is a pypi: one")
 
     @model_validator(mode="after")
@@ -141,14 +164,14 @@ class SharesConfig(Section):
 
 
 class DataConfig(Section):
-    harmful: Name = Field(
+    harmful: Place = Field(
         "sandbox", description="D_h: 'sandbox', a name in sources or a file [paper: one D_h]"
     )
     pairs: int | None = Field(192, ge=1, description="at most so many pairs; null: all")
     categories: list[Name] | None = Field(
         None, min_length=1, description="harmful categories to keep; null: all"
     )
-    responses: Name | None = Field(
+    responses: Place | None = Field(
         None,
         description="file of y; 'unaligned': said by the backbone before `align`; null: own",
     )
@@ -161,7 +184,7 @@ class DataConfig(Section):
     max_tokens: int | None = Field(
         None, ge=16, description="a longer pair is cut at so many tokens; null: no limit"
     )
-    evaluation: Name | Annotated[list[Name], Field(min_length=1)] = Field(
+    evaluation: Place | Annotated[list[Place], Field(min_length=1)] = Field(
         "sandbox", description="prompts: 'sandbox', a file, or names in sources"
     )
     dev_share: float = Field(
@@ -170,7 +193,7 @@ class DataConfig(Section):
     shares: SharesConfig | None = Field(
         None, description="where D_h and evaluation read one source: who gets which share of it"
     )
-    wrappers: Name = Field(
+    wrappers: Place = Field(
         "none", description="'none', 'shipped', or a file of lines with {prompt}"
     )
     sources: dict[Name, SourceConfig] = Field(
@@ -232,10 +255,9 @@ class LoraConfig(Section):
     r: int = Field(8, ge=1, le=1024, description="rank of the factors")
     alpha: float = Field(16, gt=0, le=4096, description="the delta is B A alpha/r")
     dropout: float = Field(0.0, ge=0, lt=1, description="on the factors' input")
-    targets: list[Name] = Field(
+    targets: Annotated[list[Name], Field(min_length=1)] | Name = Field(
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        min_length=1,
-        description="linear layers that get factors: attention and MLP",
+        description="linear layers that get factors: names, auto, all-linear, or a regex",
     )
 
 
@@ -298,6 +320,12 @@ class DerivationConfig(Section):
     shared_init: bool = Field(
         True,
         description="SE and OSM start from the same factors A; false: each from its own",
+    )
+    se: Place | None = Field(
+        None, description="folder of a PEFT adapter that is the SE patch; null: by ascent"
+    )
+    osm: Place | None = Field(
+        None, description="folder of a PEFT adapter that is the OSM patch; null: by descent"
     )
     lora: LoraConfig = Field(default_factory=LoraConfig, description="shape of the factors")
     ascent: AscentConfig = Field(default_factory=AscentConfig, description="derives the SE patch")
@@ -370,7 +398,7 @@ Judge = Literal["sandbox", "keywords", "refusal", "classifier", "generative"]
 class ClassifierConfig(Section):
     """A sequence-classification judge that reads the response alone, as the paper's does."""
 
-    model: Name = Field(
+    model: Place = Field(
         "LibrAI/longformer-harmful-ro", description="hub id or local folder [paper]"
     )
     revision: str | None = Field(None, description="revision on the hub; null: the latest")
@@ -380,7 +408,7 @@ class ClassifierConfig(Section):
 class GenerativeConfig(Section):
     """A judge that is asked in words and answers yes or no."""
 
-    model: Name = Field("cais/HarmBench-Llama-2-13b-cls", description="hub id or local folder")
+    model: Place = Field("cais/HarmBench-Llama-2-13b-cls", description="hub id or local folder")
     revision: str | None = Field(None, description="revision on the hub; null: the latest")
     prompt: Literal["harmbench", "wildguard"] = Field(
         "harmbench", description="which model's question format"
@@ -402,6 +430,10 @@ class JudgesConfig(Section):
     )
     batch_size: int = Field(8, ge=1, le=4096, description="responses judged at once")
     max_tokens: int = Field(1024, ge=16, description="a longer response is cut for it")
+    thought_marks: tuple[Name, Name] | None = Field(
+        ("<think>", "</think>"),
+        description="what is between them is not judged, only what follows; null: all is",
+    )
     classifier: ClassifierConfig = Field(default_factory=ClassifierConfig, description="the model")
     generative: GenerativeConfig = Field(default_factory=GenerativeConfig, description="the model")
 
@@ -409,11 +441,11 @@ class JudgesConfig(Section):
 class MtBenchConfig(Section):
     """Open questions in two turns; scored only where a judge model is named."""
 
-    prompts: Name | None = Field(
+    prompts: Place | None = Field(
         None, description="hub id or file with prompt and category; null: not asked [paper]"
     )
     revision: str | None = Field(None, description="revision on the hub; null: the latest")
-    judge: Name | None = Field(
+    judge: Place | None = Field(
         None, description="hub id or folder of a judge model; null: answers are stored"
     )
     judge_revision: str | None = Field(None, description="of the judge; null: the latest")
@@ -424,7 +456,7 @@ class UtilityConfig(Section):
     """Skill beyond the evaluation prompts: lm-eval tasks, MT-Bench, and always perplexity."""
 
     tasks: list[Name] = Field([], description="lm-eval's names; empty: none [paper: seven tasks]")
-    include_path: Name | None = Field(None, description="folder of task files of one's own")
+    include_path: Place | None = Field(None, description="folder of task files of one's own")
     sources: dict[Name, FileConfig] = Field(
         {}, description="tasks that are read from an Arrow file instead of the hub"
     )
@@ -435,11 +467,11 @@ class UtilityConfig(Section):
         True, description="tasks in the model's chat format; changes results a lot"
     )
     batch_size: int = Field(8, ge=1, le=4096, description="requests at once")
-    perplexity: Name = Field(
+    perplexity: Place = Field(
         "sandbox", description="texts: 'sandbox', a name in sources or a JSONL file"
     )
     perplexity_texts: int = Field(200, ge=1, description="at most so many of them")
-    kl: Name | None = Field(
+    kl: Place | None = Field(
         None,
         description="harmless instructions (in sources) for the first token's KL; null: none",
     )
@@ -520,7 +552,7 @@ class BaselinesConfig(Section):
 class ComparisonConfig(Section):
     """Which finished experiment the comparison shows; it runs nothing."""
 
-    tables: Name = Field(
+    tables: Place = Field(
         "docs/experiment",
         description="folder of the experiment's tables: docs/experiment holds the committed ones "
         "of BUDGET=full",
@@ -540,8 +572,8 @@ class Config(Section):
     threads: int | None = Field(
         1, ge=1, le=1024, description="torch threads; 1 keeps bits equal on any machine; null: all"
     )
-    outputs: Name = Field("outputs", description="root of the run folders")
-    mirror: Name | None = Field(
+    outputs: Folder = Field("outputs", description="root of the run folders")
+    mirror: Folder | None = Field(
         None, description="a folder that the run's is copied to as it goes, such as a mounted drive"
     )
     backbone: BackboneConfig = Field(default_factory=BackboneConfig)
@@ -587,11 +619,17 @@ class Config(Section):
 
     @classmethod
     def from_sources(
-        cls, values: Mapping[str, Any], overrides: Mapping[str, Any] | None = None
+        cls,
+        values: Mapping[str, Any],
+        overrides: Mapping[str, Any] | None = None,
+        params: Path | None = None,
     ) -> "Config":
-        """Validate nested `values`, after setting `overrides` ({"patching.alpha": 2.0}) in them."""
+        """Validate nested `values`, after setting `overrides` ({"patching.beta": 2.0}) in them.
+
+        params: the file that they stand in, beside which a relative path may lie (spkit/paths.py).
+        """
         refuse_tokens({**values, "overrides": overrides})
-        return checked(cls, with_overrides(cls, values, overrides or {}))
+        return checked(cls, with_overrides(cls, values, overrides or {}), params)
 
 
 def load_params(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -602,6 +640,6 @@ def load_params(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         in_file = values.pop("overrides", None) or {}
         if not isinstance(in_file, Mapping):
             raise SpkitError(f"overrides is {in_file!r}, allowed: dotted keys with values")
-        return Config.from_sources(values, {**in_file, **(overrides or {})})
+        return Config.from_sources(values, {**in_file, **(overrides or {})}, Path(path))
     except SpkitError as error:
         raise SpkitError(f"{path}: {error}") from None

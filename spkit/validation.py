@@ -13,9 +13,10 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, model_validator
 
 from spkit.errors import SpkitError
+from spkit.paths import expanded, settled
 
 TOKEN = re.compile(r"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{20,}")
 
@@ -48,6 +49,12 @@ class Wrong(ValueError):
     def __init__(self, key: str, value: Any, rule: str):
         self.key, self.value, self.rule = key, value, rule
         super().__init__(f"{key} is {value!r}, {rule}")
+
+
+def placed(text: str, info: ValidationInfo) -> str:
+    """For fields that name a file or folder, or something else: see spkit/paths.py."""
+    text = expanded(text)
+    return text if info.context is None else settled(text, info.context)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -181,10 +188,13 @@ def _inside_a_mapping(model: type[Section], key: str) -> bool:
 # ---- one sentence for each mistake ---------------------------------------------------------------
 
 
-def checked(model: type[Section], values: Mapping[str, Any]) -> Any:
-    """The validated `model`, or a SpkitError that tells the first mistake and how many follow."""
+def checked(model: type[Section], values: Mapping[str, Any], params: Path | None = None) -> Any:
+    """The validated `model`, or a SpkitError that tells the first mistake and how many follow.
+
+    params: the file of the values, for relative paths.
+    """
     try:
-        return model.model_validate(values)
+        return model.model_validate(values, context=params)
     except ValidationError as error:
         mistakes = error.errors()
         more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
@@ -197,6 +207,8 @@ def _sentence(model: type[Section], mistake: Mapping[str, Any]) -> str:
     if isinstance(raised, Wrong):
         key = ".".join([*path, raised.key])
         return f"{key} is {raised.value!r}, {raised.rule}"
+    if mistake["type"] == "value_error":  # expanded's
+        return f"{'.'.join(path)} is {mistake['input']!r}, {raised}"
     owner, depth = _owner(model, path)
     field = owner.model_fields.get(path[depth]) if depth < len(path) else None
     if field is not None and get_origin(field.annotation) in (Union, UnionType):

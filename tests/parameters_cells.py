@@ -35,7 +35,7 @@ def parameters_cell(stage: str, config: Config | None = None) -> str:
     for name in (name for name in Config.model_fields if name not in TOP_LEVEL):
         own = name in OWN[stage]
         lines += section(f"{name} = ", getattr(config, name), "") if own else [f"{name} = {{}}"]
-    return "\n".join([*lines, 'overrides = {}  # single values, such as {"patching.alpha": 2.0}'])
+    return "\n".join([*lines, 'overrides = {}  # single values, such as {"patching.beta": 2.0}'])
 
 
 def section(opening: str, values: Section, indent: str) -> list[str]:

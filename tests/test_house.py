@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 # A room imports from those before it only. The ground comes first: what every room may use. At the
 # top are the experiment, the small door, the package's own __init__ and the command line.
 ORDER = (
-    *("errors", "validation", "config", "examples"),
+    *("errors", "paths", "validation", "config", "examples"),
     *("system", "models", "sandbox", "data", "method", "evaluation", "figures"),
     *("alignment", "patchfile", "running", "comparison", "tuning", "study"),
     *("api", "spkit", "cli"),

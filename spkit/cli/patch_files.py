@@ -23,6 +23,7 @@ from rich.table import Column, Table
 
 from spkit.cli.front import DONE, NO, PATCH_FILES, command
 from spkit.errors import SpkitError
+from spkit.paths import at_root
 
 WHOLE = ("patch", "folder", "path", "card", "D_h fingerprint")  # ids and paths
 FIGURES = (".png", ".svg", ".pdf")
@@ -72,9 +73,10 @@ def make(
     from spkit.running.patch_of_run import make_from_run
 
     given = {"run_name": run_name, "seed": seed}
-    config = load_params(params, {key: value for key, value in given.items() if value is not None})
+    place = target.resolve()
+    config = load_params(at_root(params), {k: v for k, v in given.items() if v is not None})
     options = {"values": values, "revertible": revertible}
-    manifest = make_from_run(config, target, progress=not (quiet or as_json), **options)
+    manifest = make_from_run(config, place, progress=not (quiet or as_json), **options)
     parts = ("positions", "values", "replaced", "originals")
     rows = {
         "patch": str(target),
@@ -83,7 +85,7 @@ def make(
         "lost": manifest.lost,
         "relative_rms": manifest.error.relative_rms,
         "changed": manifest.error.changed,
-        "bytes": target.stat().st_size,
+        "bytes": place.stat().st_size,
         **{f"bytes_{part}": manifest.size(part) for part in parts},
     }
     _show(rows, as_json)

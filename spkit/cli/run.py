@@ -15,6 +15,7 @@ import typer
 
 from spkit.cli.front import RUN, command
 from spkit.errors import SpkitError
+from spkit.paths import at_root
 
 Params = Annotated[Path, typer.Argument(help="a params file, such as params/sandbox.yaml")]
 Seed = Annotated[int | None, typer.Option(help="instead of that of the params file")]
@@ -45,6 +46,7 @@ def run(
     from spkit.running import summary, walkthrough
     from spkit.running.runs import run_folder
 
+    params = at_root(params)
     given = walkthrough.overrides(override or [], seed=seed, run_name=run_name)
     config = walkthrough.run(params, given, cores=cores, overwrite=overwrite)
     table = summary.short_table(summary.collect(config), config.patching)
@@ -67,6 +69,7 @@ def seeds(
     numbers = seeds or [0, 1, 2, 3, 4]
     if len(numbers) < 2:
         raise SpkitError(f"an interval over seeds needs two seeds at least; there is {numbers[0]}")
+    params = at_root(params)
     for seed in numbers:
         given = walkthrough.overrides(override or [], seed=seed, run_name=run_name)
         walkthrough.run(params, given, cores=cores, overwrite=overwrite)
@@ -84,7 +87,7 @@ def experiment(
     from spkit.comparison import run as comparison
     from spkit.config import load_params
 
-    config = load_params(params)
+    config = load_params(at_root(params))
     made = comparison.run(config, budget, jobs)
     print(f"Tables: {made}", flush=True)
     shown = comparison.show(config, made) or "notebooks/05_comparison.ipynb, on comparison.tables"
@@ -116,7 +119,7 @@ def memory(params: Params, override: Override = None) -> None:
     from spkit.running import memory as prediction
     from spkit.running import walkthrough
 
-    config = load_params(params, walkthrough.overrides(override or []))
+    config = load_params(at_root(params), walkthrough.overrides(override or []))
     print(prediction.overview(config))
 
 

@@ -11,6 +11,7 @@ import typer
 
 from spkit.cli.front import RUN, command
 from spkit.cli.run import Override, Params, RunName, Seed
+from spkit.paths import at_root
 
 Derivations = Annotated[int, typer.Option(min=1, help="pairs of patches on each backbone")]
 Into = Annotated[
@@ -29,7 +30,7 @@ def align(
     from spkit.running import aligned, walkthrough
 
     config = load_params(
-        params, walkthrough.overrides(override or [], seed=seed, run_name=run_name)
+        at_root(params), walkthrough.overrides(override or [], seed=seed, run_name=run_name)
     )
     if not made.needed(config):
         raise SpkitError(f"{params}: align.harmful is null, so there is nothing to align")
@@ -51,8 +52,9 @@ def study(
     from spkit.running import walkthrough
     from spkit.study import report, run
 
+    into = into and [page.resolve() for page in into]
     given = walkthrough.overrides(override or [], run_name=run_name)
-    config = load_params(params, given)
+    config = load_params(at_root(params), given)
     made = run.run(config, seeds or run.SEEDS, derivations, given)
     found = report.read(made)
     print(f"\n{report.to_markdown(report.main_table(found))}\n\n{report.caption(found)}\n")

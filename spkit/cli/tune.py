@@ -10,6 +10,7 @@ import typer
 
 from spkit.cli.front import RUN, command
 from spkit.cli.run import Cores, Override, Params, RunName, Seed
+from spkit.paths import at_root
 
 
 @command(RUN, "find the settings of a method for a backbone, on dev", "run")
@@ -31,7 +32,7 @@ def tune(
     from spkit.tuning.run import tune as run
 
     given = walkthrough.overrides(override or [], seed=seed, run_name=run_name)
-    run(params, given if trials is None else given | {"tuning.trials": trials})
+    run(at_root(params), given if trials is None else given | {"tuning.trials": trials})
 
 
 @command(RUN, "all of it: tune, patch, evaluate on test, a report", "run")
@@ -46,4 +47,5 @@ def patch(
     from spkit.running import walkthrough
     from spkit.tuning.patch import patch as run
 
-    run(params, walkthrough.overrides(override or [], seed=seed, run_name=run_name), cores=cores)
+    given = walkthrough.overrides(override or [], seed=seed, run_name=run_name)
+    run(at_root(params), given, cores=cores)

@@ -19,6 +19,7 @@ from typing import Any
 
 from spkit.config import Config, load_params
 from spkit.errors import SpkitError
+from spkit.paths import repository_root
 from spkit.running.aligned import after_alignment
 from spkit.running.runs import STAGES, Run, run_folder
 from spkit.system.determinism import make_deterministic
@@ -103,16 +104,6 @@ def without_effect(config: Config, given: Mapping[str, Any]) -> list[str]:
         for key in (key for key in given if key.startswith("sandbox.")):
             said.append(f"{key} has no effect here: the backbone is {config.backbone.source}")
     return said
-
-
-def repository_root() -> Path:
-    """The folder of spkit's pyproject.toml at or above the working folder, else that folder."""
-    here = Path.cwd()
-    for folder in (here, *here.parents):
-        project = folder / "pyproject.toml"
-        if project.is_file() and 'name = "spkit"' in project.read_text(encoding="utf-8"):
-            return folder
-    return here
 
 
 def _check_names(namespace: Mapping[str, Any]) -> None:

@@ -114,8 +114,9 @@ def _derivation(config: DerivationConfig) -> dict[str, Any]:
     """Its values. One that is younger than the format is told where it is not at its default: the
     same settings give the same file, and so the same id, in every version of the kit."""
     values = config.model_dump(mode="json")
-    if config.shared_init:
-        del values["shared_init"]
+    for key, usual in {"shared_init": True, "se": None, "osm": None}.items():
+        if values[key] == usual:
+            del values[key]
     return values
 
 

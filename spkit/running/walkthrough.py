@@ -22,8 +22,9 @@ from rich.console import Console
 
 from spkit.config import Config, SandboxConfig, load_params
 from spkit.errors import SpkitError
+from spkit.paths import at_root
 from spkit.running.aligned import align
-from spkit.running.notebook import repository_root, why_failed, without_effect
+from spkit.running.notebook import why_failed, without_effect
 from spkit.running.runs import STAGES, Run, read_record, run_folder, stage_folder, stamp
 from spkit.system.files import atomic, make_folder
 
@@ -75,8 +76,8 @@ def run(
     last: the stage after which it ends; then no table is written. The working folder becomes the
     repository's root. SpkitError says which notebook failed and why.
     """
-    config, params = load_params(params, given), Path(params).resolve()
-    os.chdir(repository_root())
+    params = at_root(params)
+    config = load_params(params, given)
     if not Path("Snakefile").is_file():
         raise SpkitError(
             "there is no Snakefile here or above: change into a clone of the repository, "

@@ -12,7 +12,6 @@ jailbreak, and must stay as private as the run folder.
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterable, Mapping
@@ -41,8 +40,9 @@ from spkit.method.safepatching import NAME as SAFEPATCHING
 from spkit.models.loading import load
 from spkit.models.patched import patched
 from spkit.models.rounded import before_rounding
+from spkit.paths import at_root
 from spkit.running.aligned import after_alignment, align
-from spkit.running.notebook import repository_root, without_loading_bars
+from spkit.running.notebook import without_loading_bars
 from spkit.running.runs import identity, read_record, run_folder
 from spkit.sandbox.backbone import prepare_backbone
 from spkit.system.determinism import make_deterministic
@@ -81,8 +81,7 @@ def tune(params: str | Path, given: Mapping[str, Any] | None = None) -> pd.DataF
     given: overrides. The working folder becomes the repository's root. A finished one is not run
     again, an interrupted one resumes. SpkitError for a wrong parameter, before anything is loaded.
     """
-    config = load_params(params, given)
-    os.chdir(repository_root())
+    config = load_params(at_root(params), given)
     check(config)
     align(config)
     folder = make_folder(run_folder(config) / "tuning")
