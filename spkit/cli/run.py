@@ -4,6 +4,7 @@ spkit run params/x.yaml -o patching.beta=1.5     the notebooks, then the table o
 spkit seeds params/x.yaml 0 1 2                  the same for several seeds
 spkit experiment params/sandbox.yaml --budget quick
 spkit report docs/experiment --into README.md
+spkit check params/x.yaml                        can this run end? all that is missing, at once
 spkit memory params/x.yaml                       what each notebook needs, predicted
 spkit ask sandbox -p "how do i dye the scarf ?"
 """
@@ -51,6 +52,26 @@ def run(
     config = walkthrough.run(params, given, cores=cores, overwrite=overwrite)
     table = summary.short_table(summary.collect(config), config.patching)
     print(f"\n{table}\n\nAll rows, with intervals: {run_folder(config) / 'results.csv'}")
+
+
+@command(RUN, "can this run end? what is missing, before any work", "notebooks")
+def check(
+    params: Params, seed: Seed = None, run_name: RunName = None, override: Override = None
+) -> None:
+    """Look at everything that a params file names; load and write nothing. Exit code 1: no."""
+    from spkit.config import load_params
+    from spkit.running import checks, effects, walkthrough
+
+    given = walkthrough.overrides(override or [], seed=seed, run_name=run_name)
+    params = at_root(params)
+    config = load_params(params, given)
+    if said := effects.remarks(config, given, params):
+        print(said, end="\n\n")
+    found = checks.findings(config)
+    print(checks.table(found))
+    if wrong := checks.problems(found):
+        raise SpkitError(f"{len(wrong)} things are in the way; `spkit run` would begin nothing")
+    print("\nNothing is in the way.")
 
 
 @command(RUN, "the same for several seeds: means, intervals, differences", "run")

@@ -20,7 +20,9 @@ from typing import Any
 from spkit.config import Config, load_params
 from spkit.errors import SpkitError
 from spkit.paths import repository_root
+from spkit.running import checks
 from spkit.running.aligned import after_alignment
+from spkit.running.effects import remarks
 from spkit.running.runs import STAGES, Run, run_folder
 from spkit.system.determinism import make_deterministic
 from spkit.validation import Section, nearest, refuse_tokens
@@ -35,7 +37,8 @@ def start(stage: str, namespace: Mapping[str, Any]) -> tuple[Config, Run]:
     """Validate the parameters in a notebook's globals() and open its stage.
 
     The working folder becomes the repository's root, so that a relative path in the parameters
-    means the same wherever the notebook was started. Raises SpkitError, shown as one sentence.
+    means the same wherever the notebook was started. What differs from the params file of this name
+    is shown. Raises SpkitError, shown as one sentence, also for what would end the run later on.
     """
     _errors_in_one_sentence()
     # no news to a reader, and it would show paths of the machine in an executed notebook
@@ -44,8 +47,9 @@ def start(stage: str, namespace: Mapping[str, Any]) -> tuple[Config, Run]:
     _check_names(namespace)
     values = {key: namespace[key] for key in Config.model_fields if key in namespace}
     config = Config.from_sources(values, namespace.get("overrides"))
-    for remark in without_effect(config, namespace.get("overrides") or {}):
-        print(remark)
+    if said := remarks(config, namespace.get("overrides") or {}):
+        print(said)
+    checks.require(config, stage)  # before any work, and before the folder is opened
     make_deterministic(config.seed, config.threads)
     without_loading_bars()
     run = Run(config, stage)
@@ -90,20 +94,6 @@ def _differing(values: Section, usual: Section, plain: Mapping[str, Any]) -> dic
         elif mine != default:
             found[name] = plain[name]
     return found
-
-
-def without_effect(config: Config, given: Mapping[str, Any]) -> list[str]:
-    """A sentence for each of these overrides that changes nothing beside the other parameters."""
-    said = []
-    if "patching.alpha" in given and config.patching.balance is not None:
-        said.append(
-            f"patching.alpha has no effect here: alpha is found, because patching.balance is "
-            f"{config.patching.balance}; set patching.balance to null to use it"
-        )
-    if config.backbone.source != "sandbox":
-        for key in (key for key in given if key.startswith("sandbox.")):
-            said.append(f"{key} has no effect here: the backbone is {config.backbone.source}")
-    return said
 
 
 def _check_names(namespace: Mapping[str, Any]) -> None:

@@ -23,8 +23,10 @@ from rich.console import Console
 from spkit.config import Config, SandboxConfig, load_params
 from spkit.errors import SpkitError
 from spkit.paths import at_root
+from spkit.running import checks
 from spkit.running.aligned import align
-from spkit.running.notebook import why_failed, without_effect
+from spkit.running.effects import remarks
+from spkit.running.notebook import why_failed
 from spkit.running.runs import STAGES, Run, read_record, run_folder, stage_folder, stamp
 from spkit.system.files import atomic, make_folder
 
@@ -83,12 +85,14 @@ def run(
             "there is no Snakefile here or above: change into a clone of the repository, "
             "where the notebooks are"
         )
-    for remark in without_effect(config, given):
-        print(remark)
+    if said := remarks(config, given, params):
+        print(said, end="\n\n")
     Run.restore(config)  # what a mirror holds and this machine lacks
     planned = Planned(config, last)
     _require_owner(config, params, planned, overwrite)
-    align(config)
+    if planned.todo:
+        checks.require(config)
+        align(config)
     together = max(1, cores // (config.threads or cores))
     print(planned.opening(os.path.relpath(params), together), flush=True)
     if planned.todo or (last is None and not _table_is_new(config)):

@@ -21,7 +21,8 @@ PACKAGE = Path(__file__).parents[1]
 PLUMBING = frozenset(
     f"spkit.{name}"
     for name in (
-        *("cli", "config", "errors", "validation"),
+        *("cli", "config", "errors", "paths", "validation"),
+        *("running.checks", "running.effects"),
         *(
             "running.colab",
             "running.display",
@@ -31,7 +32,7 @@ PLUMBING = frozenset(
         ),
         *("running.runs", "running.seeds", "running.shape", "running.summary"),
         *("system.files", "system.machine", "system.made_from", "system.out_of_memory"),
-        *("system.progress", "system.record", "system.store"),
+        *("system.hub", "system.progress", "system.record", "system.store"),
         *("comparison.graph", "comparison.plan", "comparison.budget"),
         "comparison.run",
     )

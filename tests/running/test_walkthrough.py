@@ -14,7 +14,8 @@ import yaml
 from spkit.config import Config, load_params
 from spkit.errors import SpkitError
 from spkit.running import walkthrough
-from spkit.running.notebook import differing, without_effect
+from spkit.running.effects import without_effect
+from spkit.running.notebook import differing
 from spkit.running.runs import STAGES, Run, stage_folder, stamp
 from spkit.running.walkthrough import Planned, duration, overrides
 

@@ -34,6 +34,7 @@ from spkit.evaluation.utility.mt_bench import (
     mt_bench_scores,
 )
 from spkit.evaluation.utility.task_files import check_sources
+from spkit.evaluation.utility.task_index import check_tasks
 from spkit.evaluation.utility.tasks import COLUMNS, MISSING, lm_eval_tasks
 from spkit.models.loading import load
 
@@ -60,12 +61,13 @@ __all__ = [
 def check_utility(config: Config) -> None:
     """SpkitError where something of `utility` cannot work; worth calling before a model is loaded.
 
-    lm-eval is needed and missing, a file of `utility.sources` is no good, `utility.kl` has no
-    prompts.
+    lm-eval is needed and missing or has no such task, a file of `utility.sources` is no good,
+    `utility.kl` has no prompts.
     """
     if config.utility.tasks:
         if find_spec("lm_eval") is None:
             raise SpkitError(MISSING)
+        check_tasks(config.utility)
         check_sources(config.utility)
     if config.utility.kl is not None:
         kl_prompts(config)

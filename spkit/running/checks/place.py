@@ -1,0 +1,97 @@
+"""Where a run writes and computes: its folders, the free disk, the device and its memory."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from spkit.config import Config
+from spkit.errors import SpkitError
+from spkit.running import mirror
+from spkit.running.checks.finding import Finding, looked
+from spkit.running.runs import run_folder
+
+GIB = 2**30
+PATCH_SHARE = 0.05  # a patch file, of the checkpoint: more than any of docs/patch_format.md
+
+
+def folders(config: Config) -> Iterator[Finding]:
+    """The run folder, and the mirror where one is set, can be written to."""
+    yield looked("outputs", lambda: _writable(run_folder(config), "outputs", config.outputs))
+    if config.mirror is not None:
+
+        def mirrored() -> str:
+            mirror.check(config.mirror, config.outputs)
+            return config.mirror
+
+        yield looked("mirror", mirrored)
+
+
+def _writable(folder: Path, key: str, value: str) -> str:
+    """The folder; SpkitError where it cannot be made or written to. Nothing is made."""
+    here = folder.absolute()
+    while not here.exists():
+        here = here.parent
+    if not here.is_dir():
+        raise SpkitError(f"{key} is {value!r}, but {here} is a file, must be a folder")
+    if not os.access(here, os.W_OK | os.X_OK):
+        raise SpkitError(f"{key} is {value!r}, but there is no permission to write in {here}")
+    return str(folder)
+
+
+def device(config: Config) -> Iterator[Finding]:
+    """The device is there."""
+    from spkit.models.loading import resolve_device, resolve_dtype
+
+    def look() -> str:
+        place = resolve_device(config.backbone.device)
+        return f"{place}, {resolve_dtype(config.backbone.compute_dtype, place)}"
+
+    yield looked("backbone.device", look)
+
+
+def disk_and_memory(config: Config) -> Iterator[Finding]:
+    """What all stages write fits on the disk; what each needs fits into memory, predicted.
+
+    Call it where the backbone is there. Too little memory is no error: it is a prediction.
+    """
+    from spkit.running import memory
+    from spkit.running.shape import shape_of
+
+    try:
+        shape = shape_of(config)
+    except SpkitError as error:
+        yield Finding("backbone.source", str(error), ok=False)
+        return
+    need = written(config, shape) - _bytes_in(run_folder(config))
+    here = run_folder(config).absolute()
+    while not here.exists():
+        here = here.parent
+    free = shutil.disk_usage(here).free
+    said = f"about {max(0, need) / GIB:.1f} GiB to be written, {free / GIB:.1f} GiB are free"
+    yield Finding("outputs (disk)", said, ok=need < free)
+    try:
+        lines = memory.overview(config).split("\n\n")[-1].splitlines()
+    except SpkitError as error:
+        lines = [str(error)]
+    for line in lines:
+        fits = line.startswith("every notebook fits")
+        yield Finding("memory", line, ok=True if fits else None)
+
+
+def written(config: Config, shape) -> float:
+    """Bytes that notebooks 00 to 04 leave in the run folder, figures and tables not counted."""
+    targets = shape.targeted(config.derivation.lora.targets)
+    targeted = sum(m.weights * m.count for m in targets)
+    factors = sum(config.derivation.lora.r * (m.rows + m.columns) * m.count for m in targets)
+    checkpoint = shape.weights * shape.checkpoint_bytes
+    patches = 2 * 4 * factors
+    scores = 2 * 4 * targeted if config.importance.save == "scores" else 2 * targeted / 8
+    patched = (1 + PATCH_SHARE) * checkpoint
+    # of each method of the continual study its last model stays, and one more is being written
+    continual = (len(config.continual.methods) + 1) * checkpoint
+    return patches + scores + patched + continual
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

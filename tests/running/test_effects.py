@@ -1,0 +1,85 @@
+"""What given parameters change, and which of them change nothing."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from spkit.config import Config, load_params
+from spkit.running import effects
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"patching.alpha": 2.0}, "patching.balance is 0.959"),
+        ({"sandbox.layers": 2}, "sandbox.weights is shipped"),
+        ({"align.pairs": 8}, "align.harmful is null"),
+        ({"judges.classifier.label": 0}, "no judge is 'classifier'"),
+        ({"judges.generative.prompt": "wildguard"}, "no judge is 'generative'"),
+        ({"utility.limit": 5}, "utility.tasks is empty"),
+        ({"utility.kl_prompts": 5}, "utility.kl is null"),
+        ({"utility.mt_bench.max_new_tokens": 5}, "utility.mt_bench.prompts is null"),
+        ({"baselines.npo.beta": 0.2}, "continual.methods has no npo"),
+        ({"continual.settings.npo.strength": 2.0}, "continual.methods has no npo"),
+        ({"tuning.trials": 5}, "`spkit tune`"),
+        ({"derivation.se": "x", "derivation.ascent.max_steps": 9}, "derivation.se is an adapter"),
+        ({"backbone.source": "a/b", "sandbox.weights": "train"}, "the backbone is a/b"),
+        ({"data.response_tokens": 9}, "data.responses is not 'unaligned'"),
+    ],
+)
+def test_an_override_without_effect_is_named_with_the_reason(given, why):
+    (said,) = effects.without_effect(Config.from_sources({}, given), given)
+    assert said.startswith(f"{list(given)[-1]} has no effect here: ") and why in said
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"patching.balance": None, "patching.alpha": 2.0},
+        {"patching.beta": 2.0},
+        {"sandbox.weights": "train", "sandbox.layers": 2},
+        {"judges.harmful": ["keywords"], "judges.keywords": "gcg"},
+        {"utility.tasks": ["piqa"], "utility.limit": 5},
+        {"continual.settings.ga.strength": 2.0},
+        {"align.harmful": None},
+    ],
+)
+def test_one_with_an_effect_is_not(given):
+    assert effects.without_effect(Config.from_sources({}, given), given) == []
+
+
+def test_every_rule_is_about_a_parameter_that_there_is():
+    from spkit.validation import dotted_keys
+
+    known = list(dotted_keys(Config))
+    for name, *_ in effects.RULES:
+        assert any(key.startswith(name) or name.startswith(f"{key}.") for key in known), name
+
+
+def test_what_a_replaced_section_changes_is_told_against_the_params_file(monkeypatch):
+    """papermill -f params/llama2-7b-chat.yaml -y 'patching: {beta: 2}' replaces the section."""
+    monkeypatch.chdir(ROOT)
+    values = load_params("params/llama2-7b-chat.yaml").model_dump(mode="json")
+    config = Config.from_sources(values | {"patching": {"beta": 2}})
+    table = effects.differences(config).splitlines()
+    assert table[0].split() == ["parameter", "in", "params/llama2-7b-chat.yaml", "here"]
+    rows = {line.split()[0]: line.split()[1:] for line in table[1:]}
+    assert rows["patching.top_rate_se"] == ["0.03", "0.4"] and rows["patching.beta"][1] == "2.0"
+    assert rows["patching.balance"] == ["null", "0.959"]
+    assert effects.differences(Config.from_sources(values)) == ""
+
+
+def test_a_file_is_found_by_its_run_name_unless_two_have_it(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params").mkdir()
+    config = Config(run_name="mine")
+    assert effects.file_of(config) is None
+    shutil.copy(ROOT / "params/micro.yaml", "params/a.yaml")
+    Path("params/b.yaml").write_text("run_name: mine\nseed: 3\n")
+    assert effects.file_of(config) == Path("params/b.yaml")
+    Path("params/c.yaml").write_text("run_name: mine\n")
+    assert effects.file_of(config) is None
+    assert effects.differences(config, Path("params/gone.yaml")) == ""
