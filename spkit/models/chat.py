@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from spkit.errors import SpkitError
+from spkit.models.templates import rendered
 
 IGNORE = -100  # torch's cross_entropy leaves such labels out
 LOSS_ON = ("answer", "question")
@@ -57,7 +58,7 @@ def has_system_role(tokenizer) -> bool:
     """
     turns = [{"role": "system", "content": MARK}, {"role": "user", "content": "x"}]
     try:
-        shown = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        shown = rendered(tokenizer, turns, add_generation_prompt=True, tokenize=False)
     except (jinja2.TemplateError, ValueError):  # the template's own raise_exception
         return False
     return MARK in shown
@@ -173,11 +174,11 @@ def _render(tokenizer, messages: list[dict[str, str]], *, add_generation_prompt:
             f"The tokenizer of {getattr(tokenizer, 'name_or_path', '?')!r} has no chat template; "
             "use an instruction-tuned model's tokenizer or set tokenizer.chat_template."
         )
-    options = {"add_generation_prompt": add_generation_prompt, "return_dict": False}
+    options = {"add_generation_prompt": add_generation_prompt}
     spelt = _spelt(tokenizer, [m["content"] for m in messages])
     if spelt:
         return _render_as_text(tokenizer, messages, spelt, options)
-    return list(tokenizer.apply_chat_template(messages, tokenize=True, **options))
+    return rendered(tokenizer, messages, **options)
 
 
 def _spelt(tokenizer, texts: Sequence[str]) -> list[str]:
@@ -195,17 +196,17 @@ def _render_as_text(tokenizer, messages, spelt: Sequence[str], options: dict) ->
     """
     special = special_ids(tokenizer) - {tokenizer.unk_token_id}
 
-    def rendered(turns, **more) -> tuple[list[int], list[int]]:
-        ids = list(tokenizer.apply_chat_template(turns, tokenize=True, **options, **more))
+    def both(turns, **more) -> tuple[list[int], list[int]]:
+        ids = rendered(tokenizer, turns, **options, **more)
         return ids, [i for i in ids if i in special]
 
     pattern = "|".join(re.escape(token) for token in sorted(spelt, key=len, reverse=True))
     without = [{**m, "content": re.sub(pattern, "x", m["content"])} for m in messages]
     try:
-        ids, found = rendered(messages, sanitize_control_tokens=True)
+        ids, found = both(messages, sanitize_control_tokens=True)
     except ValueError:  # the token is a word of the vocabulary
         ids, found = [], None
-    if found == rendered(without)[1]:  # the template's own, and no others
+    if found == both(without)[1]:  # the template's own, and no others
         return ids
     text = next(m["content"] for m in messages if spelt[0] in m["content"])
     raise SpkitError(
@@ -228,7 +229,7 @@ def turn_end(tokenizer) -> list[int]:
     one; empty where the template does not close the turn."""
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     special = special_ids(tokenizer) - {tokenizer.unk_token_id}
-    ids = list(tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False))
+    ids = rendered(tokenizer, turns)
     start = len(ids)
     while start and (ids[start - 1] in special or not tokenizer.decode(ids[start - 1]).strip()):
         start -= 1  # down to the answer's own text
@@ -281,8 +282,8 @@ def _written(tokenizer, turns: list[dict[str, str]]) -> tuple[str, str]:
     The first is "" where it is blank, and where the generation prompt is not continued.
     """
     response, marked = turns[-1]["content"], {"role": "assistant", "content": f"\t{MARK}\t"}
-    prompt = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template([*turns[:-1], marked], tokenize=False)
+    prompt = rendered(tokenizer, turns[:-1], tokenize=False, add_generation_prompt=True)
+    whole = rendered(tokenizer, [*turns[:-1], marked], tokenize=False)
     before = whole.partition(MARK)[0]
     opening = before[len(prompt) :] if before.startswith(prompt) else ""
     said = response if marked["content"] in whole else response.strip()

@@ -5,13 +5,16 @@ No code from a checkpoint is run and no pickle is read.
 
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from spkit.errors import SpkitError, first_line
 from spkit.models.nf4 import check_nf4
+from spkit.models.templates import set_template
 from spkit.models.weights import guard_nf4
 from spkit.system.out_of_memory import explained
 
@@ -27,9 +30,11 @@ def load(
     dtype: str = "float32",
     quantization: str = "none",
     device: str = "auto",
-    system_prompt: str | None = None,
+    **prompts: Any,
 ):
     """(model, tokenizer) from a folder written by save_pretrained or from a hub id.
+
+    prompts: system_prompt, chat_template and chat_template_arguments, as in `load_tokenizer`.
 
     The model is in eval mode. quantization="nf4": the linear layers are kept in NF4 with double
     quantisation (QLoRA, arXiv 2305.14314) and compute in `dtype`; the rest is in `dtype`.
@@ -40,7 +45,7 @@ def load(
     _require("quantization", quantization, QUANTIZATIONS)
     place = resolve_device(device)
     options = {"dtype": resolve_dtype(dtype, place), "quantization": quantization, "device": place}
-    tokenizer = load_tokenizer(source, revision=revision, system_prompt=system_prompt)
+    tokenizer = load_tokenizer(source, revision=revision, **prompts)
     model = read_model(AutoModelForCausalLM, source, revision=revision, **options)
     check_tokenizer(model, tokenizer)
     return model, tokenizer
@@ -103,14 +108,22 @@ def _nf4(dtype: torch.dtype):
 
 
 def load_tokenizer(
-    source: str | Path, *, revision: str | None = None, system_prompt: str | None = None
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    system_prompt: str | None = None,
+    chat_template: str | None = None,
+    chat_template_arguments: Mapping[str, Any] | None = None,
 ):
     """The tokenizer alone; it must have a chat template. A missing pad token becomes unk or eos.
 
-    system_prompt: kept on the tokenizer, where chat.py finds it for every prompt.
+    system_prompt: kept on the tokenizer, where chat.py finds it for every prompt. chat_template:
+    Jinja text or a file of it, instead of the checkpoint's. chat_template_arguments: what every
+    rendering gets besides. SpkitError for what cannot be used, see templates.py.
     """
     source = _check_source(source)
     tokenizer = read_tokenizer(source, revision=revision)
+    set_template(tokenizer, chat_template, chat_template_arguments)
     if tokenizer.chat_template is None:
         raise SpkitError(
             f"The tokenizer of {source!r} has no chat template; use an instruction-tuned model."
