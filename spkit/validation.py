@@ -21,6 +21,10 @@ from spkit.paths import expanded, settled
 TOKEN = re.compile(r"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{20,}")
 
 
+# parameters that had another name in an earlier version of the kit
+RENAMED = {"backbone.dtype": "backbone.compute_dtype"}
+
+
 class Section(BaseModel):
     """Common to all sections: unknown keys are errors, values do not change after validation."""
 
@@ -153,6 +157,8 @@ def with_overrides(
             below = next((name for name in known if name.startswith(f"{key}.")), None)
             if below:
                 raise SpkitError(f"overrides: {key} is a section, name one value in it: {below}")
+            if key in RENAMED:
+                raise SpkitError(f"overrides: {key} is called {RENAMED[key]} now")
             same = [name for name in known if name.endswith(f".{key}")]  # the section was forgotten
             near = f", did you mean {' or '.join(same)}?" if same else ""
             near = near or nearest(str(key), known, otherwise=f"a key such as {known[-1]}")
@@ -218,6 +224,8 @@ def _sentence(model: type[Section], mistake: Mapping[str, Any]) -> str:
     if mistake["type"] == "missing":
         return f"{key} is missing, allowed: {_allowed(owner, path[-1])}"
     if mistake["type"] in ("extra_forbidden", "invalid_key"):
+        if key in RENAMED:
+            return f"{key} (value {mistake['input']!r}) is called {RENAMED[key]} now"
         names = list(owner.model_fields)
         near = nearest(path[-1], names, prefix=".".join(path[:-1]))
         value = f" (value {mistake['input']!r})" if mistake["type"] == "extra_forbidden" else ""

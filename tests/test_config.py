@@ -235,3 +235,10 @@ def test_missing_or_binary_file(tmp_path):
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(SpkitError, match="not UTF-8 text"):
         load_params(tmp_path / "binary.yaml")
+
+
+def test_a_renamed_parameter_is_told_by_its_new_name():
+    with pytest.raises(SpkitError, match="backbone.dtype .* is called backbone.compute_dtype now"):
+        Config.from_sources({"backbone": {"dtype": "float32"}})
+    with pytest.raises(SpkitError, match="overrides: backbone.dtype is called backbone.compute_d"):
+        Config.from_sources({}, {"backbone.dtype": "float32"})

@@ -35,11 +35,11 @@ class OneScreen(TyperGroup):
         lines = [f"spkit {version()}: SafePatching notebooks, patches as files"]
         lines[0] += "; COMMAND -h: its options"
         for panel in (RUN, PATCH_FILES):
-            lines += [f"{panel}:"] if panel == RUN else ["", f"{panel}:"]
+            lines.append(f"{panel}:")
             for name, command in self.commands.items():
                 if command.rich_help_panel == panel and not command.hidden:
                     lines.append(f"  {name:<12}{command.short_help}")
-        lines += ["", "Options: --version, -h or --help, --install-completion (for the shell)"]
+        lines.append("Options: --version, -h or --help, --install-completion")
         lines.append("Exit codes: 0 done or yes, 1 an error, 2 a wrong command line, 3 verify: no")
         formatter.write("\n".join(lines) + "\n")
 

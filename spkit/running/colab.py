@@ -69,6 +69,9 @@ def prepare(pyproject: Path = PYPROJECT) -> None:
     """
     if install(pyproject) or in_colab():
         print(report())
+    from spkit.running.dotted import refuse_dotted_names  # not before all is installed
+
+    refuse_dotted_names()
 
 
 # ---- what is missing -----------------------------------------------------------------------------

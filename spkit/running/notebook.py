@@ -10,7 +10,6 @@ This file computes nothing.
 
 import json
 import os
-import sys
 import warnings
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -22,6 +21,7 @@ from spkit.errors import SpkitError
 from spkit.paths import repository_root
 from spkit.running import checks
 from spkit.running.aligned import after_alignment
+from spkit.running.dotted import show_errors_as_sentences
 from spkit.running.effects import remarks
 from spkit.running.runs import STAGES, Run, run_folder
 from spkit.system.determinism import make_deterministic
@@ -40,7 +40,7 @@ def start(stage: str, namespace: Mapping[str, Any]) -> tuple[Config, Run]:
     means the same wherever the notebook was started. What differs from the params file of this name
     is shown. Raises SpkitError, shown as one sentence, also for what would end the run later on.
     """
-    _errors_in_one_sentence()
+    show_errors_as_sentences()
     # no news to a reader, and it would show paths of the machine in an executed notebook
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     os.chdir(repository_root())
@@ -65,7 +65,7 @@ def opened(
     For solutions of exercises, which are no stage of their own. params: the file that the notebooks
     were run with. The backbone is a folder or hub id.
     """
-    _errors_in_one_sentence()
+    show_errors_as_sentences()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     os.chdir(repository_root())
     config = after_alignment(load_params(params, overrides), make=False)
@@ -132,22 +132,6 @@ def without_loading_bars() -> None:
 
     logging.disable_progress_bar()
     enable_progress_bars()
-
-
-def _errors_in_one_sentence() -> None:
-    """In IPython, show a SpkitError as its sentence; the traceback would bury it."""
-    if "IPython" not in sys.modules:
-        return
-    from IPython import get_ipython
-
-    def show(shell, kind, error, traceback, tb_offset=None):
-        sentence = [f"{kind.__name__}: {error}"]
-        shell._showtraceback(kind, error, sentence)
-        return sentence
-
-    shell = get_ipython()
-    if shell is not None:
-        shell.set_custom_exc((SpkitError,), show)
 
 
 def why_failed(executed: str | Path) -> str:

@@ -22,7 +22,7 @@ PLUMBING = frozenset(
     f"spkit.{name}"
     for name in (
         *("cli", "config", "errors", "paths", "validation"),
-        *("running.checks", "running.effects"),
+        *("running.checks", "running.dotted", "running.effects"),
         *(
             "running.colab",
             "running.display",

@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from spkit.cli.patch_files import SANDBOX
 
 ROOT = Path(__file__).parents[2]
 GROUPS = {
-    RUN: "run seeds experiment report memory ask study tune patch".split(),
+    RUN: "run check seeds experiment report memory ask study tune patch".split(),
     PATCH_FILES: "make inspect apply verify revert stack card".split(),
 }
 COMMANDS = [name for names in GROUPS.values() for name in names]
@@ -34,9 +35,10 @@ def test_the_help_fits_a_screen():
 def test_every_command_stands_in_its_group_with_a_line_of_its_own():
     text = run("-h").stdout
     for title, names in GROUPS.items():
-        part = text.partition(f"\n{title}:\n")[2].partition("\n\n")[0]
-        assert [line.split()[0] for line in part.splitlines()] == names
-        assert not any("..." in line for line in part.splitlines())  # none is cut off
+        after = text.partition(f"\n{title}:\n")[2].splitlines()
+        lines = list(takewhile(lambda line: line.startswith("  "), after))
+        assert [line.split()[0] for line in lines] == names
+        assert not any("..." in line for line in lines)  # none is cut off
     assert {command.name or command.callback.__name__ for command in app.registered_commands} == {
         *COMMANDS,
         "align",  # hidden: run does it, too

@@ -607,8 +607,11 @@ def test_what_is_not_asked_for_is_not_done(llama, tmp_path):
 
 def test_missing_lm_eval_is_told_before_anything_is_generated(monkeypatch):
     utility.check_utility(Config())  # the sandbox asks for no task
-    asked = Config.from_sources({"utility": {"tasks": ["words"]}})
+    asked = Config.from_sources({"utility": {"tasks": ["piqa"]}})
     utility.check_utility(asked)
+    wrong = Config.from_sources({"utility": {"tasks": ["piqa", "helaswag"]}})
+    with pytest.raises(SpkitError, match="no task 'helaswag', did you mean hellaswag?"):
+        utility.check_utility(wrong)
     monkeypatch.setattr(utility, "find_spec", lambda name: None)
     utility.check_utility(Config())
     with pytest.raises(SpkitError, match="lm-eval, which is not installed"):

@@ -1,4 +1,4 @@
-"""The backbone: its files, its tensors, the layers that get a patch, its chat format. No weights."""
+"""The backbone: its files, its tensors, the layers that get a patch, its chat format."""
 
 from collections.abc import Iterator
 from pathlib import Path
