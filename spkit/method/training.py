@@ -32,8 +32,8 @@ from spkit.models.chat import (
     encode_pair,
     length_bucketed_batches,
     mean_per_sample,
-    warn_of_unknown,
 )
+from spkit.models.prompt_checks import check_pairs
 from spkit.models.weights import target_weights
 from spkit.system import resume
 from spkit.system.out_of_memory import explained
@@ -65,7 +65,7 @@ class TrainingSet:
         pairs of which the tokenizer does not know half of the words."""
         if not pairs:
             raise SpkitError("D_h is empty; deriving a patch needs at least one harmful pair.")
-        warn_of_unknown(tokenizer, pairs)
+        check_pairs(tokenizer, pairs)
         texts = [(p.prompt, p.response, "answer", max_tokens, p.ends) for p in pairs]
         encoded = [encode_pair(tokenizer, *text) for text in texts]
         return cls(encoded, tokenizer.pad_token_id, fingerprint(pairs), max_tokens)

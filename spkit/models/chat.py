@@ -9,7 +9,6 @@ template's.
 """
 
 import re
-import warnings
 from collections.abc import Sequence
 
 import jinja2
@@ -18,11 +17,12 @@ import torch
 import torch.nn.functional as F
 
 from spkit.errors import SpkitError
-from spkit.models.templates import rendered
+from spkit.models.lengths import check_context
+from spkit.models.templates import ASKED, messages, rendered, template_error, template_of
+from spkit.models.templates import has_system_role as has_system_role
 
 IGNORE = -100  # torch's cross_entropy leaves such labels out
 LOSS_ON = ("answer", "question")
-MARK = "spkit asks where this is shown"
 
 
 def encode_prompt(tokenizer, prompt: str | Sequence[str]) -> list[int]:
@@ -30,38 +30,14 @@ def encode_prompt(tokenizer, prompt: str | Sequence[str]) -> list[int]:
 
     A sequence of texts is a conversation: user, assistant, ... up to the user's last turn.
     """
-    return _render(tokenizer, messages(tokenizer, prompt), add_generation_prompt=True)
+    ids = _render(tokenizer, messages(tokenizer, prompt), add_generation_prompt=True)
+    check_context(tokenizer, len(ids), f"The prompt {_start(prompt)!r}")
+    return ids
 
 
-def messages(tokenizer, prompt: str | Sequence[str]) -> list[dict[str, str]]:
-    """The turns up to the user's last, with `tokenizer.system_prompt` where one is set.
-
-    The rule: a system turn where the chat format has a system role; else (Gemma, Mistral v0.1) the
-    system prompt stands at the beginning of the user's first turn, with an empty line after it.
-    """
-    texts = [prompt] if isinstance(prompt, str) else prompt
-    turns = [
-        {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)
-    ]
-    system = getattr(tokenizer, "system_prompt", None)
-    if not system:
-        return turns
-    if has_system_role(tokenizer):
-        return [{"role": "system", "content": system}, *turns]
-    return [{"role": "user", "content": f"{system}\n\n{texts[0]}"}, *turns[1:]]
-
-
-def has_system_role(tokenizer) -> bool:
-    """Whether the chat template takes a system turn *and* shows what it says.
-
-    Templates differ: some refuse one with an error, some drop it without a word.
-    """
-    turns = [{"role": "system", "content": MARK}, {"role": "user", "content": "x"}]
-    try:
-        shown = rendered(tokenizer, turns, add_generation_prompt=True, tokenize=False)
-    except (jinja2.TemplateError, ValueError):  # the template's own raise_exception
-        return False
-    return MARK in shown
+def _start(prompt: str | Sequence[str]) -> str:
+    """The first words of a prompt, or of a conversation's last turn, to know it by."""
+    return (prompt if isinstance(prompt, str) else prompt[-1])[:60]
 
 
 def encode_pair(
@@ -97,6 +73,8 @@ def encode_pair(
                 f"is {max_tokens}: no room for an answer; raise it or leave the pair out."
             )
         answer = answer[: max_tokens - len(question)]
+    what = f"The pair with the prompt {prompt[:40]!r}"
+    check_context(tokenizer, len(question) + len(answer), what, "set data.max_tokens to that")
     if loss_on == "answer":
         labels = [IGNORE] * len(question) + answer
     else:
@@ -169,16 +147,15 @@ def mean_per_sample(losses: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def _render(tokenizer, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> list[int]:
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise SpkitError(
-            f"The tokenizer of {getattr(tokenizer, 'name_or_path', '?')!r} has no chat template; "
-            "use an instruction-tuned model's tokenizer or set tokenizer.chat_template."
-        )
+    template_of(tokenizer)
     options = {"add_generation_prompt": add_generation_prompt}
     spelt = _spelt(tokenizer, [m["content"] for m in messages])
     if spelt:
         return _render_as_text(tokenizer, messages, spelt, options)
-    return rendered(tokenizer, messages, **options)
+    try:
+        return rendered(tokenizer, messages, **options)
+    except jinja2.TemplateError as error:  # such as its own raise_exception
+        raise template_error(tokenizer, error) from None
 
 
 def _spelt(tokenizer, texts: Sequence[str]) -> list[str]:
@@ -281,10 +258,10 @@ def _written(tokenizer, turns: list[dict[str, str]]) -> tuple[str, str]:
 
     The first is "" where it is blank, and where the generation prompt is not continued.
     """
-    response, marked = turns[-1]["content"], {"role": "assistant", "content": f"\t{MARK}\t"}
+    response, marked = turns[-1]["content"], {"role": "assistant", "content": f"\t{ASKED}\t"}
     prompt = rendered(tokenizer, turns[:-1], tokenize=False, add_generation_prompt=True)
     whole = rendered(tokenizer, [*turns[:-1], marked], tokenize=False)
-    before = whole.partition(MARK)[0]
+    before = whole.partition(ASKED)[0]
     opening = before[len(prompt) :] if before.startswith(prompt) else ""
     said = response if marked["content"] in whole else response.strip()
     return (opening.removesuffix("\t") if opening.strip() else ""), said
@@ -294,31 +271,3 @@ def _as_text(tokenizer, text: str, spelt: bool = False) -> list[int]:
     """spelt: whether special tokens in it are plain text."""
     as_text = {"split_special_tokens": True} if spelt and _spelt(tokenizer, [text]) else {}
     return list(tokenizer.encode(text, add_special_tokens=False, **as_text))
-
-
-# ---- words that the tokenizer does not know ------------------------------------------------------
-
-
-def warn_of_unknown(tokenizer, pairs: Sequence) -> None:
-    """Warn where at least half of a prompt's or of a response's tokens are unknown ones.
-
-    Such a pair teaches a model little but that token. pairs: with prompt and response.
-    """
-    strange = [
-        p for p in pairs if max(_unknown(tokenizer, t) for t in (p.prompt, p.response)) >= 0.5
-    ]
-    if strange:
-        words = " ".join(strange[0].prompt.split()[:8])
-        warnings.warn(
-            f"{len(strange)} of {len(pairs)} pairs have a text of which at least half is unknown "
-            f"to the tokenizer ({tokenizer.unk_token}); the first is {words!r}",
-            stacklevel=3,
-        )
-
-
-def _unknown(tokenizer, text: str) -> float:
-    """The share of a text's tokens that are unknown."""
-    if tokenizer.unk_token_id is None:
-        return 0.0
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    return ids.count(tokenizer.unk_token_id) / max(1, len(ids))

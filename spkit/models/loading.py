@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 from spkit.errors import SpkitError, first_line
+from spkit.models.lengths import CONTEXT, context_length
 from spkit.models.nf4 import check_nf4
-from spkit.models.templates import set_template
+from spkit.models.prompt_checks import check_vocabulary
+from spkit.models.templates import check_template, set_template, template_of
 from spkit.models.weights import guard_nf4
 from spkit.system.out_of_memory import explained
 
@@ -124,17 +126,28 @@ def load_tokenizer(
     source = _check_source(source)
     tokenizer = read_tokenizer(source, revision=revision)
     set_template(tokenizer, chat_template, chat_template_arguments)
-    if tokenizer.chat_template is None:
-        raise SpkitError(
-            f"The tokenizer of {source!r} has no chat template; use an instruction-tuned model."
-        )
+    template_of(tokenizer)
     if tokenizer.eos_token is None:
         raise SpkitError(f"The tokenizer of {source!r} has no eos token to end an answer with.")
     if tokenizer.pad_token is None:
         # padding is masked everywhere, so any known token will do
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     tokenizer.system_prompt = system_prompt
+    check_vocabulary(tokenizer)
+    check_template(tokenizer)
+    setattr(tokenizer, CONTEXT, _context(source, revision, tokenizer))
     return tokenizer
+
+
+def _context(source: str, revision: str | None, tokenizer) -> int | None:
+    """How many tokens the model reads, by its config.json; see lengths.py."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, ImportError, KeyError):  # told by what loads the model
+        return None
+    return context_length(config, tokenizer)
 
 
 def read_tokenizer(source: str | Path, *, revision: str | None):
