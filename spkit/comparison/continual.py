@@ -48,9 +48,10 @@ from spkit.method.safepatching import NAME as SAFEPATCHING
 from spkit.method.safepatching import SafePatching
 from spkit.method.sets import Lazy
 from spkit.method.training import Checkpoints
-from spkit.models.checkpoint_files import local_folder, tensor_files
+from spkit.models.checkpoint_files import local_folder
 from spkit.models.loading import load
 from spkit.models.patched import patched
+from spkit.models.stored_names import places_in
 from spkit.patchfile.add import add_deltas
 from spkit.patchfile.apply import apply
 from spkit.patchfile.make import About, make_patch
@@ -267,13 +268,14 @@ def difference(before: str | Path, after: str | Path, names: Iterable[str]) -> L
 
     For a backbone in memory that is to answer as a later checkpoint does (models/patched.py).
     """
-    old, new = tensor_files(before), tensor_files(after)
+    names = list(names)
+    old, new = places_in(before, names), places_in(after, names)
 
     def subtract(name: str) -> Tensor:
         values = []
-        for files in (new, old):
-            with safe_open(files[name], framework="pt") as file:
-                values.append(file.get_tensor(name).float())
+        for path, stored in (new[name], old[name]):
+            with safe_open(path, framework="pt") as file:
+                values.append(file.get_tensor(stored).float())
         return values[0] - values[1]
 
     return Lazy(names, subtract)

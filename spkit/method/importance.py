@@ -147,7 +147,7 @@ def top_rate_bits(windows: Iterable[Scores], patching: PatchingConfig) -> dict[s
 
 
 def layers_per_pass(
-    model, targets: Sequence[str], config: ImportanceConfig, patches: int
+    model, targets: Sequence[str] | str, config: ImportanceConfig, patches: int
 ) -> int | None:
     """config.layers_per_pass with "auto" resolved: as many as leave room; None: all at once."""
     if config.layers_per_pass != "auto":

@@ -27,7 +27,7 @@ from spkit.models.weights import decoder_layers, effective_weight, target_weight
 def snip(
     model: nn.Module,
     batches: Iterable[Mapping[str, Tensor]],
-    targets: Sequence[str],
+    targets: Sequence[str] | str,
     *,
     only: Iterable[str] | None = None,
 ) -> dict[str, Tensor]:
@@ -37,7 +37,7 @@ def snip(
     it was found: modes, gradient flags and hooks are restored, also after an error.
     batches: what chat.collate makes (input_ids, attention_mask, labels, right-padded), on any
     device. The result does not depend on how samples are batched, up to fp32 rounding.
-    targets: last names of linear layers, such as "q_proj". only: score just these tensor names.
+    targets: as in derivation.lora (models/targets.py). only: score just these tensor names.
     SpkitError for an empty calibration set, a loss or score that is not finite, or an unknown name.
     """
     layers = target_weights(model, targets)
@@ -53,7 +53,7 @@ def snip(
 def snip_windows(
     model: nn.Module,
     batches: Sequence[Mapping[str, Tensor]],
-    targets: Sequence[str],
+    targets: Sequence[str] | str,
     layers_per_pass: int,
 ) -> Iterator[dict[str, Tensor]]:
     """The same scores as `snip`, of so many decoder layers at a time, from the lowest layer up.
@@ -95,6 +95,7 @@ def _score(
     device = model.get_input_embeddings().weight.device
 
     def add(name: str, x: Tensor, g: Tensor) -> None:
+        x, g = (t.reshape(len(rows), -1, t.shape[-1]) for t in (x, g))  # OPT's MLP flattens them
         for sample, real in enumerate(rows):
             # fp32 before the product: a bf16 product would round away what the mean is made of
             product = (g[sample, real].float().T @ x[sample, real].float()).abs_()

@@ -328,16 +328,16 @@ def lora_seed(config: DerivationConfig, seed: int, name: str) -> int:
 def add_lora(model, lora: LoraConfig, seed: int, name: str = "default"):
     """The backbone wrapped by PEFT with fresh LoRA factors: B = 0, A drawn from `seed`.
 
-    `lora` has r, alpha, dropout and targets (the last names of linear layers, checked by
-    target_weights). name: the adapter's; a backbone that is wrapped already gets one more.
+    `lora` has r, alpha, dropout and targets (models/targets.py; PEFT is given the whole paths).
+    name: the adapter's; a backbone that is wrapped already gets one more.
     """
-    target_weights(model, lora.targets)
+    layers = target_weights(model, lora.targets)
     torch.manual_seed(seed)
     config = PeftLoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=list(lora.targets),
+        target_modules=[name.removesuffix(".weight") for name in layers],
         task_type="CAUSAL_LM",
     )
     if isinstance(model, PeftModel):

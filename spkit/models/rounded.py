@@ -15,8 +15,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from spkit.models.checkpoint_files import tensor_files
 from spkit.models.deltas import LowRankDelta, SparseDelta, add_delta
+from spkit.models.stored_names import places_in
 
 
 def before_rounding(deltas: Mapping, checkpoint: str | Path, model: nn.Module) -> Mapping:
@@ -29,18 +29,19 @@ def before_rounding(deltas: Mapping, checkpoint: str | Path, model: nn.Module) -
         return deltas
     if getattr(model, "is_quantized", False):
         return deltas
-    return _Rounded(deltas, tensor_files(checkpoint), model.dtype)
+    return _Rounded(deltas, places_in(checkpoint, deltas), model.dtype)
 
 
 class _Rounded(Mapping):
     """Each delta is made from its weight when it is asked for, and not kept."""
 
-    def __init__(self, deltas: Mapping, files: Mapping[str, Path], dtype: torch.dtype):
-        self._deltas, self._files, self._dtype = deltas, files, dtype
+    def __init__(self, deltas: Mapping, places: Mapping[str, tuple[Path, str]], dtype: torch.dtype):
+        self._deltas, self._places, self._dtype = deltas, places, dtype
 
     def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self._files[name], framework="pt") as file:
-            weight = file.get_tensor(name)
+        path, stored = self._places[name]
+        with safe_open(path, framework="pt") as file:
+            weight = file.get_tensor(stored)
         delta = self._deltas[name]
         dense = delta.dense() if isinstance(delta, SparseDelta | LowRankDelta) else delta
         moved = add_delta(weight.float(), dense.cpu()).to(self._dtype)

@@ -12,6 +12,7 @@ import numpy as np
 
 from spkit.errors import SpkitError
 from spkit.models.checkpoint_files import headers
+from spkit.models.stored_names import stored_names
 from spkit.patchfile import floats
 from spkit.patchfile.stream import Streamed, stream
 
@@ -33,10 +34,10 @@ def add_deltas(
     checkpoint does not have, another shape, a dtype that is no float, or a sum that is not finite.
     """
     found = headers(source)
-    for name in deltas:
-        if name not in found:
-            raise SpkitError(f"The checkpoint {source} has no tensor {name!r}.")
-    edits = {name: partial(Adding, deltas, name, found[name][2]) for name in deltas}
+    stored = stored_names(dict.fromkeys(deltas), found, source)
+    edits = {
+        there: partial(Adding, deltas, name, found[there][2]) for name, there in stored.items()
+    }
     about = {"command": "add", "deltas": identity}
     return stream(source, edits, folder, identity=about, progress=progress, label="write")
 

@@ -31,6 +31,7 @@ from spkit.models.checkpoint_files import (
     read_small,
     tensor_files,
 )
+from spkit.models.stored_names import stored_names
 from spkit.patchfile import encoding, floats
 from spkit.patchfile.file import Kept, header
 from spkit.patchfile.manifest import (
@@ -82,7 +83,8 @@ def make_patch(
     """Write the patch file `path`, whole or not at all; returns its manifest.
 
     backbone: a local checkpoint. deltas: {tensor name: float32 [out, in]} (torch on the CPU or
-    numpy), read one at a time, 0 where nothing is kept.
+    numpy), read one at a time, 0 where nothing is kept. The patch names each tensor as the
+    checkpoint's files do (models/stored_names.py), the deltas may name it as the model does.
     values: "exact" (16 bits where the backbone has 16, else 32), "bfloat16" (rounded, for any
     backbone), or "int8" (64 values share a scale). revertible: store the kept weights' original
     bits, too.
@@ -90,9 +92,10 @@ def make_patch(
     float, or a patched weight that is not finite.
     """
     with patch_writer(path, backbone, about, values, revertible) as writer:
+        stored = stored_names(dict.fromkeys(deltas), writer.files, writer.folder)
         for name in tqdm(deltas, desc="patch", unit="matrix", disable=not progress, leave=False):
             delta = np.asarray(deltas[name], dtype=np.float32)
-            shape, dtype, weights = writer.open(name)
+            shape, dtype, weights = writer.open(stored[name])
             if list(delta.shape) != shape:
                 what = f"it has the shape {list(delta.shape)}, the backbone's is {shape}"
                 raise SpkitError(f"The delta of {name!r} cannot be added: {what}.")

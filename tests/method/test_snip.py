@@ -211,8 +211,8 @@ def test_a_score_that_is_not_finite_names_the_tensor():
 
 def test_a_layer_without_gradient_is_named():
     model = tiny.model("llama")
-    model.unused = nn.Linear(2, 2)
-    with pytest.raises(SpkitError, match="'unused.weight' got gradients of 0 of 3 samples"):
+    model.model.unused = nn.Linear(2, 2)
+    with pytest.raises(SpkitError, match="'model.unused.weight' got gradients of 0 of 3 samples"):
         snip(model, tiny.batches(TOKENIZER), ["unused"])
 
 
