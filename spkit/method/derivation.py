@@ -3,11 +3,11 @@
     P_SE  = theta_GA - theta    ascent on L over D_h: unlearn the harmful answers
     P_OSM = theta_GD - theta    descent on L over D_h: loosen the refusals
 
-The backbone stays frozen (4-bit NF4, or full precision). Only the LoRA factors move, and the patch
-of a weight matrix is B @ A * lora_alpha / r, applied later to the unquantised weight. The loop that
-moves them is in training.py.
+The backbone stays frozen (4-bit NF4, or full precision); only the LoRA factors move (training.py).
+One's own PEFT adapter may take the place of either patch (models/adapters.py).
 """
 
+from dataclasses import replace
 from functools import partial
 
 import pandas as pd
@@ -17,16 +17,19 @@ from spkit.config import AscentConfig, DerivationConfig
 from spkit.errors import SpkitError
 from spkit.method.patch import Factors
 from spkit.method.training import Checkpoints, Task, TrainingSet, train_lora
+from spkit.models.adapters import completed, covered, linear_shapes, read_adapter
 from spkit.models.chat import mean_per_sample
+from spkit.models.devices import check_in_memory
 
 NAMES = {"ascent": "se", "descent": "osm"}
+COLUMNS = ["patch", "step", "loss", "grad_norm", "stop"]
 
 
 def ascent_loss(losses: Tensor, mask: Tensor, clamp: float) -> Tensor:
     """The loss that ascent minimises: -L, each token's loss clamped at `clamp` nats.
 
-    A token that is unlearnt already (loss > clamp) has no gradient: it is left alone. losses, mask:
-    [B, T] as chat.answer_loss gives them.
+    A token that is unlearnt already (loss > clamp) has no gradient. losses, mask: [B, T] as
+    chat.answer_loss gives them.
     """
     return -mean_per_sample(losses.clamp(max=clamp), mask).mean()
 
@@ -42,8 +45,7 @@ def ceiling_reached(means: list[float], settings: AscentConfig) -> bool:
     means: the unclamped mean loss of every batch so far, in nats; batches before the first count as
     0. One batch alone is too noisy to stop by.
     """
-    recent = sum(means[-settings.stop_window :]) / settings.stop_window
-    return recent >= settings.stop_mean_loss
+    return sum(means[-settings.stop_window :]) / settings.stop_window >= settings.stop_mean_loss
 
 
 def derive(
@@ -54,27 +56,30 @@ def derive(
     seed: int,
     checkpoints: Checkpoints | None = None,
 ) -> tuple[Factors, pd.DataFrame]:
-    """One patch and its loss curve.
+    """One patch and its loss curve; with `config.se` or `config.osm` that adapter, and no curve.
 
     model: a bare backbone, dense or NF4; it is wrapped while we train and given back bare.
     direction: "ascent" or "descent". seed: of A, dropout and the batches. checkpoints: to resume.
-    The curve's columns: patch, step, loss [nats, unclamped mean over the answer tokens], grad_norm,
-    stop. SpkitError for another direction, an empty D_h, and a loss or gradient that is not finite.
+    The curve has COLUMNS; its loss in nats, unclamped, is a mean over the answer tokens. SpkitError
+    for another direction, a loss that is not finite, and an adapter that is no LoRA of this model.
     """
-    if direction == "ascent":
-        settings = config.ascent
-        stop = partial(ceiling_reached, settings=settings)
-
-        def objective(losses: Tensor, mask: Tensor, indices: list[int]) -> Tensor:
-            return ascent_loss(losses, mask, settings.token_loss_clamp)
-
-    elif direction == "descent":
-        settings, stop = config.descent, None
-
-        def objective(losses: Tensor, mask: Tensor, indices: list[int]) -> Tensor:
-            return descent_loss(losses, mask)
-
-    else:
+    if direction not in NAMES:
         raise SpkitError(f"direction is {direction!r}; allowed are {', '.join(NAMES)}.")
-    task = Task(NAMES[direction], direction, objective, settings, stop)
-    return train_lora(model, data, task, config, seed, checkpoints)
+    check_in_memory(model.named_parameters())
+    name = NAMES[direction]
+    if folder := getattr(config, name):
+        factors, manifest = read_adapter(folder, linear_shapes(model))
+        manifest |= {"pairs": len(data.encoded), "data_fingerprint": data.fingerprint}
+        patch, curve = Factors(name, factors, 1.0, manifest), pd.DataFrame(columns=COLUMNS)
+    else:
+        settings, loss, stop = config.descent, descent_loss, None
+        if direction == "ascent":
+            settings = config.ascent
+            loss = partial(ascent_loss, clamp=settings.token_loss_clamp)
+            stop = partial(ceiling_reached, settings=settings)
+        task = Task(name, direction, lambda losses, mask, _: loss(losses, mask), settings, stop)
+        patch, curve = train_lora(model, data, task, config, seed, checkpoints)
+    if config.se or config.osm:
+        shapes = covered(model, (config.se, config.osm), config.lora.targets)
+        patch = replace(patch, **completed(patch.factors, patch.manifest, shapes))
+    return patch, curve

@@ -24,6 +24,7 @@ from spkit.method.sets import BitSets
 from spkit.method.snip import snip, snip_windows
 from spkit.method.training import attach
 from spkit.models.chat import collate, encode_pair
+from spkit.models.devices import devices_of
 from spkit.models.weights import decoder_layers, target_weights
 from spkit.system.machine import free_memory, layers_that_fit
 from spkit.system.out_of_memory import explained
@@ -79,11 +80,8 @@ def score_windows(
     config, batches = calibration.config, calibration.batches(tokenizer)
     targets = patches[0].manifest["lora"]["targets"]
     depth = layers_per_pass(model, targets, config, len(patches))
-    lower = {
-        "importance.batch_size": config.batch_size,
-        "importance.layers_per_pass": depth,
-        "data.max_tokens": calibration.max_tokens,
-    }
+    lower = {"importance.batch_size": config.batch_size, "importance.layers_per_pass": depth}
+    lower["data.max_tokens"] = calibration.max_tokens
 
     def windows(scored) -> Iterator[dict[str, Tensor]]:
         with explained("scoring the weights", lower):
@@ -154,9 +152,8 @@ def layers_per_pass(
         return config.layers_per_pass
     layers = target_weights(model, targets).values()
     weights = sum(layer.in_features * layer.out_features for layer in layers)
-    depth = len(decoder_layers(model))
-    free = free_memory(model.get_input_embeddings().weight.device)
-    return layers_that_fit(free, weights, depth, patches)
+    free = min(map(free_memory, devices_of(model)))  # a window's layers mostly lie on one of them
+    return layers_that_fit(free, weights, len(decoder_layers(model)), patches)
 
 
 # ---- files ---------------------------------------------------------------------------------------

@@ -23,10 +23,10 @@ FORMAT = 1
 
 @dataclass
 class Factors:
-    """The LoRA factors of one derivation: the patch of every targeted weight matrix.
+    """The LoRA factors of one derivation or adapter: the patch of every targeted weight matrix.
 
-    name: "se" (ascent), "osm" (descent), or a baseline's ("npo"). factors: {tensor name:
-    (A [r, in], B [out, r])}, fp32. scaling: lora_alpha / r. manifest: how they were made.
+    name: "se", "osm", or a baseline's ("npo"). factors: {tensor name: (A [r, in], B [out, r])},
+    fp32. scaling: lora_alpha / r; 1 for an adapter. manifest: how they were made.
     The OSM patch alone is a jailbreak: it stays in memory or in the run folder.
     """
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from spkit.errors import SpkitError
 from spkit.models.chat import answer_loss, mean_per_sample
+from spkit.models.devices import check_in_memory
 from spkit.models.weights import decoder_layers, effective_weight, target_weights
 
 
@@ -42,11 +43,10 @@ def snip(
     """
     layers = target_weights(model, targets)
     if only is not None:
-        wanted = list(only)
-        for name in wanted:
-            if name not in layers:
-                raise SpkitError(f"The tensor {name!r} is not among the targets to be scored.")
-        layers = {name: layer for name, layer in layers.items() if name in set(wanted)}
+        wanted = set(only)
+        for name in sorted(wanted - set(layers)):
+            raise SpkitError(f"The tensor {name!r} is not among the targets to be scored.")
+        layers = {name: layer for name, layer in layers.items() if name in wanted}
     return _score(model, layers, batches)
 
 
@@ -93,10 +93,11 @@ def _score(
     seen = dict.fromkeys(layers, 0)
     rows: list[Tensor] = []  # of the present batch: which positions of each sample are real
     device = model.get_input_embeddings().weight.device
+    check_in_memory(model.named_parameters())
 
     def add(name: str, x: Tensor, g: Tensor) -> None:
         x, g = (t.reshape(len(rows), -1, t.shape[-1]) for t in (x, g))  # OPT's MLP flattens them
-        for sample, real in enumerate(rows):
+        for sample, real in enumerate(row.to(g.device) for row in rows):
             # fp32 before the product: a bf16 product would round away what the mean is made of
             product = (g[sample, real].float().T @ x[sample, real].float()).abs_()
             sums[name] = sums[name].add_(product) if name in sums else product
@@ -140,9 +141,6 @@ def _from_stored(decoder: nn.ModuleList, start: int, stored: Sequence) -> Iterat
         return
     device, left = next(decoder[start].parameters()).device, iter(stored)
 
-    def pass_on(hidden, *args, **kwargs):
-        return hidden
-
     def stored_output(hidden, *args, **kwargs):
         value = next(left)
         whole = value if isinstance(value, tuple) else (value,)
@@ -156,7 +154,7 @@ def _from_stored(decoder: nn.ModuleList, start: int, stored: Sequence) -> Iterat
                 stack.callback(layer.__dict__.pop, "forward")
             else:
                 stack.callback(setattr, layer, "forward", own)
-            layer.forward = stored_output if index == start - 1 else pass_on
+            layer.forward = stored_output if index == start - 1 else lambda hidden, *_, **__: hidden
         yield
 
 
@@ -188,7 +186,7 @@ def _scoring(model: nn.Module, layers: Mapping[str, nn.Module], add) -> Iterator
     def watch(name: str):
         def hook(module, inputs, output):
             if output.requires_grad:  # the first pass of gradient checkpointing has none
-                x = inputs[0].detach()
+                x = inputs[0].detach().to(output.device)
                 output.register_hook(lambda g: add(name, x, g))
 
         return hook
