@@ -15,7 +15,8 @@ A stage's folder appears whole or not at all, so an interrupted run resumes at t
 cut, and within its derivation at the last checkpoint (`derivation.checkpoint_steps`). Of the models
 only the last one is kept, but each stage's patch file is, where its deltas are sparse. The OSM
 patch never leaves the memory, but for such a checkpoint, which is deleted with the end of its
-stage.
+stage. Adapters (`derivation.se`, `derivation.osm`) are not used: they are of all of D_h, not of a
+stage's.
 The loop over the stages is method/continual.py's.
 """
 
@@ -244,6 +245,16 @@ class Stages:
             return respond(model, tokenizer, self.prompts, **settings)
 
 
+def _deriving(config: Config) -> Config:
+    """The parameters with no adapter: one's own patch is of all of D_h, and a stage has its own."""
+    given = [f"derivation.{name}" for name in ("se", "osm") if getattr(config.derivation, name)]
+    if not given:
+        return config
+    print(f"{' and '.join(given)}: not used here, every stage derives from its own pairs")
+    derivation = config.derivation.model_copy(update={"se": None, "osm": None})
+    return config.model_copy(update={"derivation": derivation})
+
+
 def run_methods(
     source: str | Path,
     config: Config,
@@ -258,6 +269,7 @@ def run_methods(
     The answers are not judged here: a judge may need the device for itself. Stages that are in
     `folder` with the same identity are read and not repeated.
     """
+    config = _deriving(config)
     stages = Stages(source, config, Path(folder), prompts, identity, saved)
     frames = [frame for method in config.continual.methods for frame in stages.run(method)]
     return pd.concat(frames, ignore_index=True)

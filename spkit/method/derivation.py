@@ -66,6 +66,7 @@ def derive(
     if direction not in NAMES:
         raise SpkitError(f"direction is {direction!r}; allowed are {', '.join(NAMES)}.")
     check_in_memory(model.named_parameters())
+    shapes = covered(model, (config.se, config.osm), config.lora.targets)  # before hours of work
     name = NAMES[direction]
     if folder := getattr(config, name):
         factors, manifest = read_adapter(folder, linear_shapes(model))
@@ -79,7 +80,6 @@ def derive(
             stop = partial(ceiling_reached, settings=settings)
         task = Task(name, direction, lambda losses, mask, _: loss(losses, mask), settings, stop)
         patch, curve = train_lora(model, data, task, config, seed, checkpoints)
-    if config.se or config.osm:
-        shapes = covered(model, (config.se, config.osm), config.lora.targets)
+    if shapes:
         patch = replace(patch, **completed(patch.factors, patch.manifest, shapes))
     return patch, curve

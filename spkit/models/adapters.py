@@ -108,19 +108,22 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def covered(model: nn.Module, folders: Iterable[str | None], targets) -> Shapes:
-    """The shapes of the matrices of both patches, where one of them at least is an adapter.
+    """The shapes of the matrices of both patches; {} where neither is an adapter.
 
     The difference sets compare the two, matrix by matrix. So both have the layers that either
     changes, by their last names, in all of the decoder: where a patch does not change one, its
     delta is 0, and its importance there is measured as anywhere else. folders: of the adapters;
-    None: the patch is derived, on `targets`.
+    None: the patch is derived, on `targets`. SpkitError as in `check_adapter`, for either.
     """
+    folders = list(folders)
+    if not any(folders):
+        return {}
     shapes, names = linear_shapes(model), []
     for folder in folders:
         if folder is None:
             names += target_weights(model, targets)
         else:
-            names += _paired(Path(folder), _header(Path(folder)), shapes)
+            names += check_adapter(folder, shapes).keys
     return {name: shapes[name] for name in target_weights(model, last_names(names))}
 
 
@@ -135,14 +138,21 @@ def completed(factors: Pairs, manifest: Mapping[str, Any], shapes: Shapes) -> di
     return {"factors": whole, "manifest": {**manifest, "lora": lora}}
 
 
-def remark(key: str, about: Mapping[str, Any], source: str) -> str | None:
-    """A sentence where the adapter names another base model than `source`; paths may differ."""
+def described(key: str, about: Mapping[str, Any], source: str) -> str:
+    """One line on an adapter, and a remark where it names another base model than `source`.
+
+    A remark only: the same weights may lie under another name.
+    """
+    line = (
+        f"{key}: the adapter {about['name']} (r {about['r']}, alpha {about['lora_alpha']}, "
+        f"{', '.join(about['targets'])}) is taken as it is, nothing is trained"
+    )
     base = about["base_model"]
     if base is None or base.rpartition("/")[2].lower() == Path(source).name.lower():
-        return None
+        return line
     return (
-        f"{key} was trained on {base!r}, and the backbone is {_public(source)!r}: "
-        "the shapes agree, but its change is meant for those weights"
+        f"{line}\n{key}: it was trained on {base}, and the backbone is {_public(source)}; "
+        "its change is meant for the weights that it was trained on"
     )
 
 

@@ -126,7 +126,7 @@ def answer_loss(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tenso
     logits [B, T, V] and labels [B, T] give (losses fp32 [B, T-1], mask bool [B, T-1]): entry t is
     about token t+1, and is 0 where the mask is False.
     """
-    target = labels[:, 1:]
+    target = labels[:, 1:].to(logits.device)
     losses = F.cross_entropy(
         logits[:, :-1].float().transpose(1, 2), target, ignore_index=IGNORE, reduction="none"
     )

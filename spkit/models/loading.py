@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from spkit.errors import SpkitError, first_line
+from spkit.models.devices import ALL_GPUS, is_gpu
 from spkit.models.lengths import CONTEXT, context_length
 from spkit.models.nf4 import check_nf4
 from spkit.models.prompt_checks import check_vocabulary
@@ -22,7 +23,7 @@ from spkit.system.out_of_memory import explained
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUANTIZATIONS = ("none", "nf4")
-DEVICES = ("auto", "cpu", "cuda")
+DEVICES = ("auto", "cpu", "cuda", "cuda:N", "mps", ALL_GPUS)
 
 
 def load(
@@ -64,16 +65,19 @@ def read_model(
 ) -> nn.Module:
     """The model alone, of any of transformers' auto classes, in eval mode; see `load`.
 
-    dtype, device: resolved, no longer "auto". SpkitError also for a checkpoint that lacks a tensor.
+    dtype, device: resolved, no longer "auto". SpkitError also for a checkpoint that lacks a tensor,
+    and for one that does not fit on the GPUs together ("balanced").
     In NF4 every layer is checked, and a warning says where bitsandbytes computes wrongly (nf4.py).
     """
+    check_quantization(quantization, device)
     source = _check_source(source)
     if revision is None and not Path(source).is_dir():
         warnings.warn(
             f"{source} is loaded in its latest revision, which may change: pin one to repeat a run",
             stacklevel=2,
         )
-    options = {"dtype": DTYPES[dtype], "device_map": {"": device}}
+    place = ALL_GPUS if device == ALL_GPUS else {"": device}
+    options = {"dtype": DTYPES[dtype], "device_map": place}
     if quantization == "nf4":
         options["quantization_config"] = _nf4(DTYPES[dtype])
     lower = {"quantization": quantization} if quantization == "none" else {}
@@ -92,6 +96,8 @@ def read_model(
     if report["missing_keys"]:
         name = sorted(report["missing_keys"])[0]
         raise SpkitError(f"The checkpoint {source!r} lacks the tensor {name!r}; is it complete?")
+    if device == ALL_GPUS:
+        _check_places(model, source)
     guard_nf4(model)
     check_nf4(model)
     return model.eval()
@@ -175,27 +181,68 @@ def check_tokenizer(model: nn.Module, tokenizer) -> None:
 
 
 def resolve_device(device: str) -> str:
-    """ "cpu" or "cuda"; "auto" takes the GPU where there is one."""
-    _require("device", device, DEVICES)
+    """ "cpu", "cuda", "cuda:1", "mps" or "balanced"; "auto" takes the first GPU where there is one.
+
+    SpkitError, which says what there is, for a device that this machine has not.
+    """
+    if not re.fullmatch(r"cuda:[0-9]+", device):
+        _require("device", device, DEVICES)
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise SpkitError("device is 'cuda', but torch sees no GPU; use 'auto' or 'cpu'.")
+        return "cuda" if gpus else "cpu"
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise SpkitError("device is 'mps', but torch sees no Apple GPU; use 'auto' or 'cpu'.")
+    if device in ("cpu", "mps"):
+        return device
+    if not gpus:
+        raise SpkitError(f"device is {device!r}, but torch sees no GPU; use 'auto' or 'cpu'.")
+    if device.startswith("cuda:") and int(device.partition(":")[2]) >= gpus:
+        there = "cuda:0 alone" if gpus == 1 else f"cuda:0 to cuda:{gpus - 1}"
+        raise SpkitError(f"device is {device!r}, but torch sees {there}.")
     return device
+
+
+def check_quantization(quantization: str, device: str) -> None:
+    """SpkitError for NF4 on a resolved device that bitsandbytes has no kernels for."""
+    if quantization == "nf4" and device == "mps":
+        raise SpkitError(
+            "quantization is 'nf4', which cannot be computed on 'mps'; set quantization to none "
+            "in derivation, evaluation and judges.generative, or backbone.device to cpu."
+        )
+
+
+def _check_places(model: nn.Module, source: str) -> None:
+    """SpkitError for weights that accelerate had to put on the host or the disk."""
+    places = getattr(model, "hf_device_map", None) or {}
+    outside = [name for name, place in places.items() if str(place) in ("cpu", "disk")]
+    if outside:
+        raise SpkitError(
+            f"{source!r} does not fit on the GPUs together: {outside[0]!r} and "
+            f"{len(outside) - 1} more parts would be offloaded, and can then be neither scored nor "
+            "patched; take NF4, a smaller backbone or device: cpu."
+        )
 
 
 def resolve_dtype(dtype: str, device: str) -> str:
     """A key of DTYPES; "auto" takes what the device computes in natively.
 
     float32 on a CPU; on a GPU bfloat16 where it has it (compute capability 8.0 and above), else
-    float16, with which a derivation checks for overflow (a T4 only emulates bfloat16).
+    float16, with which a derivation checks for overflow (a T4 only emulates bfloat16). SpkitError
+    for bfloat16 on mps, which has float32 and float16.
     """
     _require("compute_dtype", dtype, ("auto", *DTYPES))
+    if device == "mps" and dtype == "bfloat16":
+        raise SpkitError("compute_dtype is 'bfloat16', but 'mps' takes float32 or float16 only.")
     if dtype != "auto":
         return dtype
-    if device == "cpu":
-        return "float32"
-    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    if not is_gpu(device):
+        return "float16" if device == "mps" else "float32"
+    every = range(torch.cuda.device_count()) if device == ALL_GPUS else [torch.device(device)]
+    for gpu in every:
+        with torch.cuda.device(gpu):
+            if not torch.cuda.is_bf16_supported(including_emulation=False):
+                return "float16"
+    return "bfloat16"
 
 
 def _check_source(source: str | Path) -> str:

@@ -12,6 +12,7 @@ from torch import nn
 
 from spkit.errors import SpkitError
 from spkit.models.deltas import LowRankDelta, SparseDelta, add_delta
+from spkit.models.devices import check_in_memory
 
 Delta = torch.Tensor | SparseDelta | LowRankDelta
 
@@ -77,7 +78,9 @@ def _add_output(layer: nn.Module, name: str, delta: Delta, undo: ExitStack) -> N
     if not all(bool(torch.isfinite(torch.as_tensor(part)).all()) for part in parts):
         raise SpkitError(f"The delta of {name!r} has values that are not finite in {dtype}.")
     hook = layer.register_forward_hook(
-        lambda module, inputs, output: output + held.output(inputs[0].to(dtype)).to(output.dtype)
+        lambda module, inputs, output: (  # a dispatched layer moves its own input only
+            output + held.output(inputs[0].to(device, dtype)).to(output.dtype)
+        )
     )
     undo.callback(hook.remove)
 
@@ -88,6 +91,7 @@ def _layer(model: nn.Module, name: str) -> nn.Module:
         layer.weight  # noqa: B018
     except AttributeError:
         raise SpkitError(f"The model has no weight matrix {name!r}.") from None
+    check_in_memory([(name, layer.weight)])
     return layer
 
 

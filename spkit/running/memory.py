@@ -21,6 +21,7 @@ import pandas as pd
 from spkit.config import Config
 from spkit.errors import SpkitError
 from spkit.method.balancing import AT_ONCE
+from spkit.models.devices import is_gpu
 from spkit.models.loading import DTYPES, resolve_device
 from spkit.running.shape import Matrix, Shape, shape_of
 from spkit.system.machine import free_memory, layers_that_fit, own_memory
@@ -98,7 +99,7 @@ class Sizes:
         """Of a number in the compute dtype; "auto" is 16 bits on any GPU, 32 on a CPU."""
         dtype = self.config.backbone.compute_dtype
         if dtype == "auto":
-            return 2 if self.device == "cuda" else 4
+            return 4 if self.device == "cpu" else 2
         return DTYPES[dtype].itemsize
 
     @property
@@ -241,7 +242,7 @@ def importance(see: Sizes, patches: int = 0) -> list[Moment]:
         kept += min(depth, s.layers - first) * (see.layer("scored") - see.layer("passed"))
         moment.add(ACTIVATIONS, tokens * kept).add(LOGITS, see.loss(tokens))
         moment.add(MATRIX, see.unpacked(d.quantization) + FP32 * see.largest)
-        if see.device == "cuda":
+        if is_gpu(see.device):
             moment.add(SCORES, (walks + before) * window, walks * (1 + before) * window)
         else:
             moment.add(SCORES, walks * (1 + before) * window)
@@ -384,25 +385,26 @@ STAGES: dict[str, Callable[[Sizes], list[Moment]]] = {
 def predict(
     config: Config, shape: Shape, stage: str, device: str, free: float | None = None
 ) -> pd.DataFrame:
-    """Rows: parts and "peak"; columns "GPU GiB" (device "cuda") and "host GiB".
+    """Rows: parts and "peak"; columns "GPU GiB" (on "cuda", "cuda:1" or "balanced") and "host GiB".
 
+    On "balanced" all GPUs count as one; on "mps" the GPU has the host's memory.
     Each column shows the moment at which its place holds most; frame.attrs["moments"] names them,
     frame.attrs["lower"] the parameters that count then. stage: a key of STAGES. free: bytes on the
     device, which importance.layers_per_pass "auto" goes by.
     """
     if stage not in STAGES:
         raise SpkitError(f"There is no stage {stage!r}; there are {', '.join(STAGES)}.")
-    moments = STAGES[stage](Sizes(config, shape, device, free))
+    moments, gpu = STAGES[stage](Sizes(config, shape, device, free)), is_gpu(device)
     for moment in moments:
-        if device == "cuda":
+        if gpu:
             moment.add(CONTEXT, CONTEXT_BYTES + FRAGMENTS * moment.total(0))
         else:
             for held in moment.values():
                 held[:] = 0.0, sum(held)
-        moment.add(PYTHON, 0, LIBRARIES[device])
+        moment.add(PYTHON, 0, LIBRARIES["cuda" if gpu else "cpu"])
         if moment.name != LOADING:
             moment.add(BUFFERS, 0, RUNTIME)
-    places = {"GPU GiB": 0, "host GiB": 1} if device == "cuda" else {"host GiB": 1}
+    places = {"GPU GiB": 0, "host GiB": 1} if gpu else {"host GiB": 1}
     worst = {c: max(moments, key=lambda m, p=p: m.total(p)) for c, p in places.items()}
     columns = {
         column: {part: held[place] / GIB for part, held in worst[column].items() if held[place]}
@@ -425,7 +427,7 @@ def needs(config: Config, stage: str) -> pd.DataFrame:
     device = resolve_device(config.backbone.device)
     here = available(device)
     shape = shape_of(config, fetch=True)
-    free = here["GPU GiB" if device == "cuda" else "host GiB"] * GIB
+    free = here["GPU GiB" if is_gpu(device) else "host GiB"] * GIB
     table = predict(config, shape, stage, device, free)
     print(verdict(table, here, config))
     table.loc["here"] = here
@@ -441,7 +443,7 @@ def overview(config: Config) -> str:
     """
     device = resolve_device(config.backbone.device)
     here, shape = available(device), shape_of(config)
-    free = here["GPU GiB" if device == "cuda" else "host GiB"] * GIB
+    free = here["GPU GiB" if is_gpu(device) else "host GiB"] * GIB
     columns = list(here)
     lines = [f"{'predicted peak':<28}" + "".join(f"{column:>12}" for column in columns)]
     advice: list[str] = []
@@ -458,8 +460,8 @@ def overview(config: Config) -> str:
 def available(device: str) -> dict[str, float]:
     """GiB that this process can have in all: what is free and what it holds already."""
     found = {"host GiB": (free_memory("cpu") + own_memory()) / GIB}
-    if device == "cuda":  # asking has made the context, which is part of what is needed
-        found["GPU GiB"] = (free_memory("cuda") + CONTEXT_BYTES) / GIB
+    if is_gpu(device):  # asking has made the context, which is part of what is needed
+        found["GPU GiB"] = (free_memory(device) + CONTEXT_BYTES) / GIB
     return found
 
 

@@ -63,7 +63,7 @@ def about_run(config: Config, method: SafePatching, results: pd.DataFrame, **mor
             "alpha": float(alpha),
             "beta": float(beta),
             "patching": config.patching.model_dump(mode="json"),
-            "derivation": _derivation(config.derivation),
+            "derivation": _derivation(config.derivation, method),
             "importance": config.importance.model_dump(mode="json"),
             **more,
         },
@@ -110,13 +110,16 @@ def make_from_run(
     )
 
 
-def _derivation(config: DerivationConfig) -> dict[str, Any]:
+def _derivation(config: DerivationConfig, method: SafePatching) -> dict[str, Any]:
     """Its values. One that is younger than the format is told where it is not at its default: the
-    same settings give the same file, and so the same id, in every version of the kit."""
-    values = config.model_dump(mode="json")
-    for key, usual in {"shared_init": True, "se": None, "osm": None}.items():
-        if values[key] == usual:
-            del values[key]
+    same settings give the same file, and so the same id, in every version of the kit. Of a PEFT
+    adapter its name and hash are told, and no path."""
+    values = config.model_dump(mode="json", exclude={"se", "osm"})
+    if values["shared_init"] or config.se or config.osm:  # an adapter has its own start
+        del values["shared_init"]
+    for name, patch in {"se": method.se, "osm": method.osm}.items():
+        if "adapter" in patch.manifest:
+            values[name] = patch.manifest["adapter"]
     return values
 
 

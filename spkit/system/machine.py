@@ -50,7 +50,7 @@ def hardware() -> dict[str, Any]:
         lines = cpuinfo.read_text(errors="replace").splitlines()
         cpu = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), cpu)
     torch = sys.modules.get("torch")  # not imported just to be asked
-    gpu = torch.cuda.get_device_name() if torch and torch.cuda.is_available() else None
+    gpu = _gpus(torch) if torch else None
     memory = None
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         memory = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
@@ -64,13 +64,28 @@ def hardware() -> dict[str, Any]:
     }
 
 
+def _gpus(torch) -> str | None:
+    """ "NVIDIA T4", or "4 x NVIDIA T4"."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    names = [torch.cuda.get_device_name(number) for number in range(count)]
+    if not names:
+        return "Apple GPU (mps)" if torch.backends.mps.is_available() else None
+    kinds = {name: names.count(name) for name in names}
+    return ", ".join(name if n == 1 else f"{n} x {name}" for name, n in kinds.items())
+
+
 def free_memory(device) -> int:
-    """Bytes that can still be taken on "cpu" or a CUDA device."""
+    """Bytes that can still be taken on "cpu", a CUDA device, "mps", or all GPUs ("balanced")."""
     torch = sys.modules.get("torch")
-    if torch and torch.device(device).type == "cuda":
+    if device == "balanced":
+        return sum(free_memory(f"cuda:{number}") for number in range(torch.cuda.device_count()))
+    kind = torch.device(device).type if torch else "cpu"
+    if kind == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return free + held
+    if kind == "mps":  # one memory for both: what the system lets the GPU have of it
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
         line = next(x for x in meminfo.read_text().splitlines() if x.startswith("MemAvailable:"))
@@ -96,7 +111,7 @@ def own_memory() -> int:
 
 
 def peak_memory_mib() -> dict[str, float]:
-    """The most memory that this process has held so far, on the host and on the GPU."""
+    """The most memory that this process has held so far, on the host and on all GPUs together."""
     peak = {}
     status = Path("/proc/self/status")
     if status.is_file():  # of this program alone; getrusage starts from what the parent held
@@ -113,5 +128,6 @@ def peak_memory_mib() -> dict[str, float]:
         pass
     torch = sys.modules.get("torch")
     if torch and torch.cuda.is_available():
-        peak["gpu"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+        gpus = range(torch.cuda.device_count())
+        peak["gpu"] = round(sum(map(torch.cuda.max_memory_allocated, gpus)) / 2**20, 1)
     return peak

@@ -16,7 +16,8 @@ from typing import Any
 
 from spkit.errors import SpkitError
 
-GPU = re.compile(r"CUDA[\w ]*:? out of memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
+GPU = re.compile(r"(?:CUDA|MPS)[\w ]*:? out of memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
+WHICH = re.compile(r"\bGPU (\d+)")
 HOST = re.compile(
     r"can(?:'|no)t allocate memory|not enough memory|unable to (?:allocate|mmap)", re.IGNORECASE
 )
@@ -43,7 +44,7 @@ def explained(what: str, lower: Mapping[str, Any]) -> Iterator[None]:
         message = f"{place} ran out of memory while {what}{_amounts(str(error))}: {_advice(lower)}"
         # the tensors of the frames that failed would stay in memory with the traceback
         traceback.clear_frames(error.__traceback__)
-        _empty_cache()
+        empty_cache()
         raise SpkitError(message) from error
 
 
@@ -53,7 +54,8 @@ def _what_ran_out(error: Exception) -> str | None:
     if (torch and isinstance(error, torch.OutOfMemoryError)) or (
         isinstance(error, RuntimeError) and GPU.search(text)
     ):
-        return "the GPU"
+        which = WHICH.search(text)  # there may be several
+        return f"the GPU cuda:{which[1]}" if which and torch.cuda.device_count() > 1 else "the GPU"
     if (
         isinstance(error, MemoryError)
         or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
@@ -95,7 +97,10 @@ def _advice(lower: Mapping[str, Any]) -> str:
     return f"{advice}, then run again: what is finished is kept"
 
 
-def _empty_cache() -> None:
+def empty_cache() -> None:
+    """Give back what torch keeps of freed memory on any GPU."""
     torch = sys.modules.get("torch")
     if torch and torch.cuda.is_available():
         torch.cuda.empty_cache()
+    elif torch and torch.backends.mps.is_available():
+        torch.mps.empty_cache()

@@ -58,18 +58,25 @@ def discard(folder: str | Path) -> None:
 
 
 def random_states() -> dict[str, torch.Tensor]:
-    """The random states of the CPU and, where there is one, of the GPU."""
+    """The random states of the CPU and of every GPU: "cpu", "cuda:0", "cuda:1", "mps"."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
+        every = enumerate(torch.cuda.get_rng_state_all())
+        states |= {f"cuda:{number}": state for number, state in every}
+    if torch.backends.mps.is_available():
+        states["mps"] = torch.mps.get_rng_state()
     return states
 
 
 def set_random_states(states: Mapping[str, torch.Tensor]) -> None:
-    """Put back what `random_states` gave."""
+    """Put back what `random_states` gave, on the devices that are there."""
     torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for number in range(gpus):
+        if f"cuda:{number}" in states:
+            torch.cuda.set_rng_state(states[f"cuda:{number}"], number)
+    if "mps" in states and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(states["mps"])
 
 
 _PLACE = "tensor:"

@@ -14,7 +14,6 @@ from itertools import combinations
 
 import numpy as np
 import pandas as pd
-import torch
 from statsmodels.stats.inter_rater import cohens_kappa
 
 from spkit.config import Config, JudgesConfig
@@ -28,6 +27,7 @@ from spkit.evaluation.judges.keywords import KeywordJudge
 from spkit.evaluation.judges.refusal import RefusalJudge
 from spkit.evaluation.judges.sandbox import SandboxJudge, judge_for
 from spkit.examples import EvalPrompt
+from spkit.system.out_of_memory import empty_cache
 
 DECIDING = "verdict"  # the column of the first judge; those of the others are "verdict (<name>)"
 
@@ -135,8 +135,7 @@ def _verdicts(
     finally:
         del judge
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        empty_cache()
     unclear = verdicts.count("unclear")
     if unclear:
         print(f"The judge {name!r} gave no clear answer on {unclear} of {len(rows)} responses.")

@@ -15,6 +15,7 @@ from spkit.evaluation.judges.judge import check_objectives, degenerate, verdict_
 from spkit.evaluation.judges.keywords import KeywordJudge
 from spkit.evaluation.judges.length import positions
 from spkit.examples import EvalPrompt
+from spkit.models.devices import one_device
 from spkit.models.loading import check_tokenizer, read_model, read_tokenizer, resolve_device
 
 
@@ -31,7 +32,7 @@ class ClassifierJudge:
         from transformers import AutoModelForSequenceClassification
 
         own = judges.classifier
-        place = resolve_device(device)
+        place = one_device(resolve_device(device))
         options = {"dtype": "float32", "quantization": "none", "device": place}
         self._tokenizer = read_tokenizer(own.model, revision=own.revision)
         self._model = read_model(

@@ -27,6 +27,7 @@ from spkit.config import UtilityConfig
 from spkit.errors import SpkitError
 from spkit.evaluation.utility.task_files import write_task_files
 from spkit.models.chat import has_system_role
+from spkit.models.devices import devices_of
 from spkit.validation import nearest
 
 MISSING = "utility.tasks needs lm-eval, which is not installed: pip install 'spkit[eval]'"
@@ -161,7 +162,7 @@ def _as_before(model) -> Iterator[None]:
     logger, key = logging.getLogger("lm_eval"), "DISABLE_MULTIPROC"
     level, environment = logger.level, os.environ.get(key)
     states = random.getstate(), np.random.get_state()
-    devices = [model.device] if model.device.type == "cuda" else []
+    devices = [device for device in devices_of(model) if device.type == "cuda"]
     logger.setLevel(logging.ERROR)
     os.environ[key] = "1"  # a fork for the resamples is no good in a process that holds a GPU
     try:
