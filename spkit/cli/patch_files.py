@@ -12,6 +12,7 @@ A backbone is a checkpoint folder, a hub id, or "sandbox": the shipped one of se
 """
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -29,15 +30,36 @@ WHOLE = ("patch", "folder", "path", "card", "D_h fingerprint")  # ids and paths
 FIGURES = (".png", ".svg", ".pdf")
 SANDBOX = Path(__file__).parents[1] / "sandbox" / "weights"
 
-Patch = Annotated[Path, typer.Argument(help="a patch file")]
-Backbone = Annotated[str, typer.Argument(help="a checkpoint folder, a hub id, or sandbox")]
+
+def _place(text: str) -> str:
+    """A path or hub id as it was given, ~ expanded: the shell does not do it behind a "="."""
+    if text.startswith("~") and text == os.path.expanduser(text):
+        raise typer.BadParameter(f"{text!r} cannot be expanded: there is no such user")
+    return os.path.expanduser(text)
+
+
+def _path(text: str) -> Path:
+    return Path(_place(text))
+
+
+Patch = Annotated[Path, typer.Argument(help="a patch file", parser=_path)]
+Backbone = Annotated[
+    str, typer.Argument(help="a checkpoint folder, a hub id, or sandbox", parser=_place)
+]
 BackboneOption = Annotated[
-    str | None, typer.Option(help="a checkpoint folder, a hub id, or sandbox")
+    str | None, typer.Option(help="a checkpoint folder, a hub id, or sandbox", parser=_place)
+]
+Original = Annotated[
+    str | None,
+    typer.Option(help="the patch's own backbone, where this one was rounded", parser=_place),
 ]
 Revision = Annotated[
     str | None, typer.Option(help="of the backbone on the hub; default: the patch's")
 ]
-Target = Annotated[Path, typer.Argument(help="the new folder; nothing is there until it is whole")]
+Target = Annotated[
+    Path, typer.Argument(help="the new folder; nothing is there until it is whole", parser=_path)
+]
+NewPatch = Annotated[Path, typer.Argument(help="the new patch file", parser=_path)]
 Threads = Annotated[int | None, typer.Option(min=1, max=64, help="default: up to 4")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what is there already")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="read and check everything, write nothing")]
@@ -50,8 +72,10 @@ Revertible = Annotated[
 
 @command(PATCH_FILES, "the patch of a finished run again, revertible or shorter", "notebooks")
 def make(
-    params: Annotated[Path, typer.Argument(help="params file of a run whose notebook 03 is done")],
-    target: Annotated[Path, typer.Argument(help="the new patch file")],
+    params: Annotated[
+        Path, typer.Argument(help="params file of a run whose notebook 03 is done", parser=_path)
+    ],
+    target: NewPatch,
     values: Annotated[
         str, typer.Option(help="exact, bfloat16 (rounded) or int8 (64 values share a scale)")
     ] = "exact",
@@ -95,7 +119,10 @@ def make(
 def inspect(
     patch: Patch,
     figure: Annotated[
-        Path | None, typer.Option(help="write the map of layers and modules there (png, svg, pdf)")
+        Path | None,
+        typer.Option(
+            help="write the map of layers and modules there (png, svg, pdf)", parser=_path
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -129,6 +156,7 @@ def apply(
     backbone: Backbone,
     target: Target,
     revision: Revision = None,
+    original: Original = None,
     dtype: Annotated[
         str | None, typer.Option(help="of the target: bfloat16, float16 or float32")
     ] = None,
@@ -140,7 +168,8 @@ def apply(
 ) -> None:
     """Write backbone + patch to a new folder, tensor by tensor, without loading a model.
 
-    A run that was cut resumes at the last finished shard.
+    A run that was cut resumes at the last finished shard. The backbone may be a copy in another
+    dtype: then its values are compared, and where the copy was rounded, with those of --original.
     """
     from spkit.patchfile.apply import apply as run
 
@@ -149,6 +178,7 @@ def apply(
         _checkpoint(backbone),
         None if dry_run else target,
         revision=revision,
+        original=_checkpoint(original),
         dtype=dtype,
         threads=threads,
         overwrite=overwrite,
@@ -162,9 +192,11 @@ def verify(
     patch: Patch,
     backbone: BackboneOption = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="a folder that is said to be made with this patch")
+        Path | None,
+        typer.Option(help="a folder that is said to be made with this patch", parser=_path),
     ] = None,
     revision: Revision = None,
+    original: Original = None,
     threads: Threads = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -176,6 +208,7 @@ def verify(
     from spkit.patchfile.verify import verify as run
 
     options = {"revision": revision, "threads": threads, "progress": not (quiet or as_json)}
+    options["original"] = _checkpoint(original)
     found = run(patch, _checkpoint(backbone), checkpoint, **options)
     if as_json:
         print(json.dumps({**asdict(found), "ok": found.ok}))
@@ -191,7 +224,7 @@ def verify(
 @command(PATCH_FILES, "take a patch back: the exact original bytes")
 def revert(
     patch: Patch,
-    checkpoint: Annotated[Path, typer.Argument(help="the folder that `apply` wrote")],
+    checkpoint: Annotated[Path, typer.Argument(help="the folder that `apply` wrote", parser=_path)],
     target: Target,
     backbone: BackboneOption = None,
     revision: Revision = None,
@@ -222,9 +255,11 @@ def revert(
 
 @command(PATCH_FILES, "several patches, one after another, as one")
 def stack(
-    target: Annotated[Path, typer.Argument(help="the new patch file")],
-    patches: Annotated[list[Path], typer.Argument(help="two or more patches, in their order")],
-    backbone: Annotated[str, typer.Option(help="what the first one was made for")],
+    target: NewPatch,
+    patches: Annotated[
+        list[Path], typer.Argument(help="two or more patches, in their order", parser=_path)
+    ],
+    backbone: Annotated[str, typer.Option(help="what the first one was made for", parser=_place)],
     revision: Revision = None,
     revertible: Revertible = False,
     overwrite: Overwrite = False,
@@ -248,7 +283,9 @@ def stack(
 @command(PATCH_FILES, "a model card: results, limits, hazards, licence")
 def card(
     patch: Patch,
-    target: Annotated[Path, typer.Argument(help="a file, or a folder: README.md in it")],
+    target: Annotated[
+        Path, typer.Argument(help="a file, or a folder: README.md in it", parser=_path)
+    ],
     base_model: Annotated[str | None, typer.Option(help="hub id of the backbone")] = None,
     license: Annotated[str | None, typer.Option(help="licence id for the card's head")] = None,
     overwrite: Overwrite = False,

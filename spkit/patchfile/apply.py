@@ -4,7 +4,8 @@
 
 Before anything is written the whole patch is read and checked. While a tensor streams through, the
 hash of what comes in must be the one that the patch was made for, and that of what goes out the one
-that the patch promises; otherwise nothing appears under the target's name.
+that the patch promises; otherwise nothing appears under the target's name. A copy of the backbone
+in another dtype is compared by its values (copies.py).
 """
 
 from dataclasses import dataclass
@@ -15,11 +16,11 @@ import numpy as np
 
 from spkit.errors import SpkitError
 from spkit.models.checkpoint_files import headers, local_folder
-from spkit.patchfile import floats
+from spkit.patchfile import copies, floats
 from spkit.patchfile.encoding import TensorHash
 from spkit.patchfile.file import PatchFile
 from spkit.patchfile.manifest import wrong_tensor
-from spkit.patchfile.stream import stream
+from spkit.patchfile.stream import Edit, stream
 
 NOT_THE_BACKBONE = (
     "the checkpoint's weights are not those that the patch was made for (another revision, another "
@@ -34,7 +35,8 @@ class Applied:
     folder: the new checkpoint, None after a dry run. tensors, kept: patched matrices, and kept
     weights in them. lost: kept deltas that change nothing in `dtype`, the dtype of the patched
     matrices (several are joined by commas). bytes: of the new folder's files; of what was read
-    where nothing is written.
+    where nothing is written. checked: how the backbone was compared with the patch's: "by hash", or
+    "by values: ..." where it is a copy in another dtype.
     """
 
     folder: str | None
@@ -44,6 +46,7 @@ class Applied:
     lost: int
     dtype: str
     bytes: int
+    checked: str = "by hash"
 
 
 def apply(
@@ -52,6 +55,7 @@ def apply(
     target: str | Path | None,
     *,
     revision: str | None = None,
+    original: str | Path | None = None,
     dtype: str | None = None,
     threads: int | None = None,
     overwrite: bool = False,
@@ -60,7 +64,8 @@ def apply(
     """Write backbone + patch to the new folder `target`; None is a dry run that writes nothing.
 
     backbone: a local checkpoint, or a hub id; revision: that on the hub, by default the one in the
-    patch. dtype: "bfloat16", "float16" or
+    patch. original: the backbone in its own dtype, where `backbone` is a copy that was rounded to
+    another one (copies.py). dtype: "bfloat16", "float16" or
     "float32" for all float tensors of the target; None: as they are. threads: None chooses.
     overwrite: replace a checkpoint that exists, as a whole and at the end.
     Equal bit for bit to composing in memory (patching.add_delta with the patch's values).
@@ -69,29 +74,54 @@ def apply(
     out = None if dtype is None else short_dtype(dtype)
     with PatchFile(patch) as opened:
         folder = local_folder(backbone, revision or opened.manifest.backbone.revision)
-        matrices = opened.manifest.tensors
-        check_fit(opened, folder)
-        opened.check()
+        first = None if original is None else local_folder(original, revision)
+        how = {"threads": threads, "progress": progress}
+        found = compared(opened, folder, first, **how)
         done = stream(
             folder,
-            {name: partial(Patching, opened, name, out) for name in matrices},
+            {name: partial(edit, opened, name, way, out, first) for name, way in found.items()},
             target,
-            identity={"command": "apply", "patch": opened.id},
+            identity={"command": "apply", "patch": opened.id, "checked": copies.told(found)},
             dtype=out,
-            threads=threads,
             overwrite=overwrite,
-            inputs=[patch],
-            progress=progress,
+            inputs=[patch] if first is None else [patch, first],
+            **how,
         )
         return Applied(
             folder=None if target is None else str(target),
             patch=opened.id,
-            tensors=len(matrices),
+            tensors=len(found),
             kept=opened.manifest.kept,
             lost=done.count,
-            dtype=out or ", ".join(sorted({matrix.dtype for matrix in matrices.values()})),
+            dtype=out or ", ".join(sorted({way.dtype for way in found.values()})),
             bytes=done.bytes,
+            checked=copies.told(found),
         )
+
+
+def compared(patch: PatchFile, folder: Path, original: Path | None, **how) -> dict[str, copies.Way]:
+    """{patched tensor: how the checkpoint's is compared}, behind all checks that need no weights.
+
+    Reads the whole patch, and the tensors of a rounded copy. SpkitError where patch and checkpoint
+    cannot fit. how: threads and progress.
+    """
+    dtypes = check_fit(patch, folder, copied=True)
+    if original is not None:
+        check_fit(patch, original, copied=True)
+    patch.check()
+    return copies.ways(patch, folder, dtypes, original, **how)
+
+
+def edit(
+    patch: PatchFile, name: str, way: copies.Way, out: str | None, original: Path | None
+) -> Edit:
+    """The edit that compares one tensor and patches it. out: the target's dtype, None: as it is."""
+    if way.kind == copies.HASH:
+        return Patching(patch, name, out)
+    if way.kind == copies.KEPT:
+        return copies.PatchingKept(patch, name, way.dtype, out or way.dtype)
+    inner = Patching(patch, name, out or way.dtype)
+    return copies.PatchingCopy(patch, name, way, inner, original)
 
 
 class Patching:
@@ -137,13 +167,15 @@ class Patching:
         return self.lost
 
 
-def check_fit(patch: PatchFile, folder: str | Path, made: str = "") -> None:
-    """SpkitError unless the checkpoint has every patched tensor, in its shape and dtype.
+def check_fit(
+    patch: PatchFile, folder: str | Path, made: str = "", *, copied: bool = False
+) -> dict[str, str]:
+    """{patched tensor: its dtype in the checkpoint}; SpkitError where one is missing or differs.
 
     Headers only are read. The weights are compared while they stream. made: what to say where a
-    checkpoint that `apply` may have made has another dtype.
+    checkpoint that `apply` may have made has another dtype. copied: another float dtype is right.
     """
-    found = headers(folder)
+    found, dtypes = headers(folder), {}
     for name, matrix in patch.manifest.tensors.items():
         if name not in found:
             raise SpkitError(
@@ -151,13 +183,15 @@ def check_fit(patch: PatchFile, folder: str | Path, made: str = "") -> None:
                 f"for {patch.manifest.backbone.name} ({patch.manifest.backbone.architecture})"
             )
         _, _, about = found[name]
-        have = about["dtype"], about["shape"]
-        if have != (matrix.dtype, matrix.shape):
-            other = f". {made}" if made and have[1] == matrix.shape else ""
+        dtypes[name], shape = about["dtype"], about["shape"]
+        right = dtypes[name] in floats.BITS if copied else dtypes[name] == matrix.dtype
+        if not right or shape != matrix.shape:
+            other = f". {made}" if made and shape == matrix.shape else ""
             raise SpkitError(
-                f"{patch.path} does not fit {folder}: the tensor {name!r} is {have[0]} {have[1]} "
-                f"there, and the patch is for {matrix.dtype} {matrix.shape}{other}"
+                f"{patch.path} does not fit {folder}: the tensor {name!r} is {dtypes[name]} "
+                f"{shape} there, and the patch is for {matrix.dtype} {matrix.shape}{other}"
             )
+    return dtypes
 
 
 def short_dtype(name: str) -> str:

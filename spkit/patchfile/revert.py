@@ -4,7 +4,8 @@
     from the backbone, where that is at hand
 
 Subtracting the values would not do: a sum that was rounded cannot be undone. Whatever the way, the
-hash of every restored tensor must be the backbone's.
+hash of every restored tensor must be the backbone's. In a checkpoint of another dtype (apply
+--dtype, or a copy that was patched) it is that of the bits that are cast to this dtype.
 """
 
 from dataclasses import dataclass
@@ -14,18 +15,21 @@ from pathlib import Path
 import numpy as np
 
 from spkit.errors import SpkitError
-from spkit.models.checkpoint_files import local_folder, read_header, tensor_files
-from spkit.patchfile import floats
-from spkit.patchfile.apply import check_fit
+from spkit.models.checkpoint_files import local_folder
+from spkit.patchfile import copies
+from spkit.patchfile.apply import Patching, check_fit
 from spkit.patchfile.encoding import TensorHash
 from spkit.patchfile.file import PatchFile
 from spkit.patchfile.manifest import wrong_tensor
-from spkit.patchfile.stream import read_exactly, stream
+from spkit.patchfile.stream import Edit, stream
 
 
 @dataclass(frozen=True)
 class Reverted:
-    """What `revert` did. source: "patch" or "backbone", where the originals came from."""
+    """What `revert` did. source: "patch" or "backbone", where the originals came from.
+
+    checked: as in `Applied`, of the checkpoint that was taken back.
+    """
 
     folder: str | None
     patch: str
@@ -33,6 +37,7 @@ class Reverted:
     kept: int
     source: str
     bytes: int
+    checked: str = "by hash"
 
 
 def revert(
@@ -49,8 +54,9 @@ def revert(
     """Write the patched `checkpoint` without its patch to the new folder `target`; None: try only.
 
     backbone: where the patch carries no originals; its tensors are read and compared.
-    SpkitError where neither is there, where the checkpoint is not what this patch made (in the
-    backbone's dtype), and where what comes out is not the backbone, naming file and tensor.
+    A checkpoint in another dtype becomes the backbone in that one; where that is not float32, it
+    needs the backbone. SpkitError where neither is there, where the checkpoint is not what this
+    patch made, and where what comes out is not the backbone, naming file and tensor.
     """
     with PatchFile(patch) as opened:
         if not opened.manifest.revertible and backbone is None:
@@ -59,16 +65,17 @@ def revert(
                 "not hold the original weights, and a rounded sum cannot be undone. Give the "
                 f"backbone ({opened.manifest.backbone.name}) with --backbone"
             )
-        made = "If it was applied with --dtype, its rounding cannot be undone: use the backbone"
-        check_fit(opened, checkpoint, made)
+        dtypes = check_fit(opened, checkpoint, copied=True)
+        if backbone is None and set(dtypes.values()) - {"F32"}:  # rounded, or not cast at all
+            made = "If it was applied with --dtype, its rounding cannot be undone: use the backbone"
+            check_fit(opened, checkpoint, made)
         opened.check()
-        names = opened.manifest.tensors
-        if backbone is None:
-            edits = {name: partial(Restoring, opened, name) for name in names}
-        else:
+        folder = None
+        if backbone is not None:
             folder = local_folder(backbone, revision or opened.manifest.backbone.revision)
-            check_fit(opened, folder)
-            edits = {name: partial(Replacing, opened, name, folder) for name in names}
+            check_fit(opened, folder, copied=True)
+        ways = {name: _way(opened, name, dtype) for name, dtype in dtypes.items()}
+        edits = {name: partial(_undoing, opened, name, way, folder) for name, way in ways.items()}
         done = stream(
             checkpoint,
             edits,
@@ -76,18 +83,31 @@ def revert(
             identity={"command": "revert", "patch": opened.id},
             threads=threads,
             overwrite=overwrite,
-            inputs=[patch] if backbone is None else [patch, folder],
+            inputs=[patch] if folder is None else [patch, folder],
             progress=progress,
             label="revert",
         )
         return Reverted(
             folder=None if target is None else str(target),
             patch=opened.id,
-            tensors=len(names),
+            tensors=len(edits),
             kept=opened.manifest.kept,
             source="patch" if backbone is None else "backbone",
             bytes=done.bytes,
+            checked=copies.told(ways, "checkpoint"),
         )
+
+
+def _way(patch: PatchFile, name: str, dtype: str) -> copies.Way:
+    own = patch.manifest.tensors[name].dtype
+    return copies.Way(dtype, copies.HASH if dtype == own else copies.CAST)
+
+
+def _undoing(patch: PatchFile, name: str, way: copies.Way, backbone: Path | None) -> Edit:
+    if way.kind == copies.CAST:
+        inner = Patching(patch, name, way.dtype)
+        return copies.RestoringCopy(patch, name, way.dtype, inner, backbone)
+    return Restoring(patch, name) if backbone is None else Replacing(patch, name, backbone)
 
 
 class _Undoing:
@@ -127,23 +147,19 @@ class Restoring(_Undoing):
 
 
 class Replacing(_Undoing):
-    """The edit of one tensor: the backbone's own bytes."""
+    """The edit of one tensor: the backbone's own bits."""
 
     def __init__(self, patch: PatchFile, name: str, backbone: Path):
         super().__init__(patch, name)
-        path = tensor_files(backbone)[name]
-        self.file = path.open("rb", buffering=0)
-        tensors, start = read_header(self.file, path)
-        self.file.seek(start + dict(tensors)[name]["data_offsets"][0])
+        self.original = copies.Original(patch, name, backbone)
 
     def block(self, bits: np.ndarray) -> np.ndarray:
         self.now.update(bits)
-        width = floats.BITS[self.matrix.dtype]
-        original = np.frombuffer(read_exactly(self.file, bits.nbytes), dtype=width)
-        self.restored.update(original)
-        return original
+        own = self.original.read(len(bits))
+        self.restored.update(own)
+        return own
 
     def close(self) -> int:
-        self.file.close()
+        self.original.file.close()
         self.compare("the backbone's weights are not those that the patch was made for")
         return 0

@@ -11,8 +11,8 @@ import numpy as np
 
 from spkit.errors import SpkitError
 from spkit.models.checkpoint_files import About, brief, headers, local_folder, tensor_files
-from spkit.patchfile import floats
-from spkit.patchfile.apply import NOT_THE_BACKBONE, Patching, check_fit
+from spkit.patchfile import copies, floats
+from spkit.patchfile.apply import NOT_THE_BACKBONE, check_fit, compared, edit
 from spkit.patchfile.encoding import TensorHash
 from spkit.patchfile.file import PatchFile
 from spkit.patchfile.make import config_sha256, read_config
@@ -20,6 +20,7 @@ from spkit.patchfile.manifest import wrong_tensor
 from spkit.patchfile.stream import CHUNK, read_exactly, stream
 
 WHOLE = "the patch file is whole"
+MADE = "the checkpoint's patched weights are what the patch makes"
 LONGEST_DETAIL = 2_000  # characters; names of tensors are as long as a checkpoint likes
 
 
@@ -50,6 +51,7 @@ def verify(
     checkpoint: str | Path | None = None,
     *,
     revision: str | None = None,
+    original: str | Path | None = None,
     threads: int | None = None,
     progress: bool = True,
 ) -> Verified:
@@ -58,7 +60,8 @@ def verify(
     patch alone: every byte of the file against its digests. backbone: its touched tensors against
     the hashes in the patch. checkpoint: its touched tensors against what the patch makes; with the
     backbone also every untouched tensor, and then the checkpoint may have another dtype
-    (apply --dtype). SpkitError only where a backbone or checkpoint cannot be read at all.
+    (apply --dtype). A backbone in another dtype than the patch's is compared by its values;
+    original: as in `apply`. SpkitError only where a folder cannot be read at all.
     """
     findings: list[Finding] = []
     if not Path(patch).is_file():
@@ -73,10 +76,16 @@ def verify(
         if findings[-1].ok and backbone is not None:
             backbone = local_folder(backbone, revision or opened.manifest.backbone.revision)
             tensor_files(backbone)  # one that cannot be read is an error, not a no
-            findings += _backbone(opened, backbone, how)
+            original = None if original is None else local_folder(original, revision)
+            ways, found = _backbone(opened, backbone, original, how)
+            findings += found
         if checkpoint is not None and all(finding.ok is not False for finding in findings):
             tensor_files(checkpoint)
-            findings += _checkpoint(opened, backbone, Path(checkpoint), how)
+            if backbone is None:
+                findings += _checkpoint(opened, Path(checkpoint), how)
+            else:
+                edits = partial(Comparing, opened, ways, original)
+                findings += _made_of(opened, backbone, Path(checkpoint), edits, how)
         return Verified(opened.id, tuple(findings))
 
 
@@ -88,37 +97,52 @@ def _tried(what: str, check, *args, **how) -> Finding:
         return Finding(what, False, brief(error, LONGEST_DETAIL))
 
 
-def _backbone(patch: PatchFile, folder: Path, how) -> list[Finding]:
-    findings = [_tried("the patch fits the backbone's tensors", check_fit, patch, folder)]
+def _backbone(patch: PatchFile, folder: Path, original: Path | None, how):
+    """({tensor: how it is compared}, findings)."""
+    fits, ways = "the patch fits the backbone's tensors", {}
+    findings = [_tried(fits, check_fit, patch, folder, copied=True)]
     if findings[0].ok:
-        edits = {n: partial(Hashing, patch, n, "before") for n in patch.manifest.tensors}
         what = "the backbone's weights are those the patch was made for"
-        same = partial(stream, folder, edits, None, identity={}, label="backbone", **how)
-        findings.append(_tried(what, same))
+        findings.append(_tried(what, _same_backbone, patch, folder, original, ways, how))
+        if findings[-1].ok and any(way.kind != copies.HASH for way in ways.values()):
+            findings[-1] = Finding(what, True, f"checked {copies.told(ways)}")
     if config_sha256(read_config(folder)) != patch.manifest.backbone.config_sha256:
         detail = "it differs in more than the library's version; the weights decide"
         findings.append(Finding("config.json is the one the patch was made with", None, detail))
+    return ways, findings
+
+
+def _same_backbone(patch: PatchFile, folder: Path, original: Path | None, ways, how) -> None:
+    """SpkitError where a touched tensor is not the backbone's. ways: filled with what decided."""
+    ways |= compared(patch, folder, original, **how)
+    edits = {
+        name: partial(Hashing, patch, name, "before")
+        if way.kind == copies.HASH
+        else partial(edit, patch, name, way, None, original)
+        for name, way in ways.items()
+    }
+    stream(folder, edits, None, identity={}, label="backbone", **how)
+
+
+def _checkpoint(patch: PatchFile, folder: Path, how) -> list[Finding]:
+    """Without a backbone."""
+    made = "If it was applied with --dtype, it can be verified with the backbone"
+    findings = [_tried("the checkpoint has the patched tensors", check_fit, patch, folder, made)]
+    if findings[0].ok:
+        edits = {n: partial(Hashing, patch, n, "after") for n in patch.manifest.tensors}
+        same = partial(stream, folder, edits, None, identity={}, label="checkpoint", **how)
+        findings.append(_tried(MADE, same))
+        detail = "not compared: that needs the backbone"
+        findings.append(Finding("all other weights are the backbone's", None, detail))
     return findings
 
 
-def _checkpoint(patch: PatchFile, backbone: Path | None, folder: Path, how) -> list[Finding]:
-    what = "the checkpoint's patched weights are what the patch makes"
-    if backbone is None:
-        made = "If it was applied with --dtype, it can be verified with the backbone"
-        has = "the checkpoint has the patched tensors"
-        findings = [_tried(has, check_fit, patch, folder, made)]
-        if findings[0].ok:
-            edits = {n: partial(Hashing, patch, n, "after") for n in patch.manifest.tensors}
-            same = partial(stream, folder, edits, None, identity={}, label="checkpoint", **how)
-            findings.append(_tried(what, same))
-            detail = "not compared: that needs the backbone"
-            findings.append(Finding("all other weights are the backbone's", None, detail))
-        return findings
+def _made_of(patch: PatchFile, backbone: Path, folder: Path, comparing, how) -> list[Finding]:
     theirs = _tensors(folder)
-    edits = {n: partial(Comparing, patch, n, folder, theirs) for n in patch.manifest.tensors}
+    edits = {name: partial(comparing, name, folder, theirs) for name in patch.manifest.tensors}
     same = partial(stream, backbone, edits, None, identity={}, label="checkpoint", **how)
     others = partial(_compare_others, patch, backbone, folder, theirs)
-    return [_tried(what, same), _tried("all other weights are the backbone's", others)]
+    return [_tried(MADE, same), _tried("all other weights are the backbone's", others)]
 
 
 class Hashing:
@@ -142,13 +166,13 @@ class Hashing:
 class Comparing:
     """The edit that patches a tensor of the backbone and compares it with the checkpoint's."""
 
-    def __init__(self, patch: PatchFile, name: str, folder: Path, theirs):
+    def __init__(self, patch: PatchFile, ways, original: Path | None, name, folder, theirs):
         if name not in theirs:
             raise SpkitError(f"The checkpoint {folder} has no tensor {name!r}.")
         self.name, (path, place, about) = name, theirs[name]
-        self.inner = Patching(patch, name, _float(about, path, name))
-        if about["shape"] != self.inner.matrix.shape:
-            have, want = about["shape"], self.inner.matrix.shape
+        self.inner = edit(patch, name, ways[name], _float(about, path, name), original)
+        have, want = about["shape"], patch.manifest.tensors[name].shape
+        if have != want:
             raise SpkitError(f"{path}: {name!r} has the shape {have}, not {want}.")
         self.file = path.open("rb", buffering=0)
         self.file.seek(place)
