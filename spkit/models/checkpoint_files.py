@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from spkit.errors import SpkitError, first_line, needs
+from spkit.system.pointers import refuse_pointer
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # weights in other formats, among them pickles: never copied
@@ -49,7 +50,8 @@ def local_folder(source: str | Path, revision: str | None = None) -> Path:
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=WANTED))
     except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise SpkitError(
-            f"The checkpoint {str(source)!r} cannot be downloaded: {first_line(error)}"
+            f"The checkpoint {str(source)!r} cannot be downloaded: {first_line(error)} (and "
+            f"{Path.cwd()} has no such folder)"
         ) from None
 
 
@@ -78,6 +80,8 @@ def tensor_files(folder: str | Path) -> dict[str, Path]:
             for path in sorted(set(files.values())):
                 _require_file(path)  # a shard that is missing ends here
             return files
+        if not (folder / SINGLE).exists() and (instead := _instead(folder)):
+            raise ValueError(instead)
         _require_file(folder / SINGLE)
         with (folder / SINGLE).open("rb") as file:
             return {name: folder / SINGLE for name, _ in read_header(file, folder / SINGLE)[0]}
@@ -86,6 +90,22 @@ def tensor_files(folder: str | Path) -> dict[str, Path]:
             raise
         what = brief(f"it lacks {error}" if isinstance(error, KeyError) else error)
         raise SpkitError(f"{folder} is no checkpoint in safetensors files: {what}") from None
+
+
+def _instead(folder: Path) -> str:
+    """What to do about the weights that are there in another format; "" where there are none."""
+    names = sorted(p.name for p in folder.iterdir() if p.is_file())
+    if "adapter_config.json" in names:
+        return "it is an adapter of PEFT, not a model: merge it into its backbone and save that"
+    other = [name for name in names if Path(name).suffix in OTHER_WEIGHTS - {".gguf", ".onnx"}]
+    other = [name for name in other if not name.startswith(("training_args", "optimizer"))]
+    if not other:
+        return ""
+    return (
+        f"its weights are in {other[0]}; convert them, if you trust that file (loading it can run "
+        f'its code), by AutoModelForCausalLM.from_pretrained("{folder}").save_pretrained("NEW"), '
+        "and copy the tokenizer's files"
+    )
 
 
 def headers(folder: str | Path) -> dict[str, tuple[Path, int, About]]:
@@ -121,7 +141,7 @@ def read_header(file: BinaryIO, path: Path) -> tuple[list[tuple[str, About]], in
     """([(tensor name, {dtype, shape, data_offsets})] in the order of the data, where it begins).
 
     SpkitError unless the tensors follow one another to the file's end and each has as many
-    bytes as its shape and dtype need.
+    bytes as its shape and dtype need; it says where the file is a git-lfs pointer or was cut.
     """
     try:
         text, size = read_header_text(file, path)
@@ -137,8 +157,11 @@ def read_header(file: BinaryIO, path: Path) -> tuple[list[tuple[str, About]], in
                 raise ValueError(f"the tensor {name!r} does not follow the one before")
             end = last
         if 8 + len(text) + end != size:
-            raise ValueError(f"{size - 8 - len(text)} bytes of data, {end} expected")
+            have = size - 8 - len(text)
+            cut = ": it was cut, so fetch it again" if have < end else ""
+            raise ValueError(f"{have} bytes of data, {end} expected{cut}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
+        refuse_pointer(path)
         what = brief(f"it lacks {error}" if isinstance(error, KeyError) else error)
         raise SpkitError(f"{path} is no intact safetensors file: {what}") from None
     return tensors, 8 + len(text)
@@ -151,7 +174,7 @@ def read_header_text(
     size = path.stat().st_size
     length = int.from_bytes(file.read(8), "little")
     if length > size - 8:
-        raise ValueError("the header is longer than the file")
+        raise ValueError("the header is longer than the file: was it cut?")
     if length > longest:
         raise ValueError(f"a header of {length} bytes, at most {longest} are read")
     text = file.read(length)
@@ -165,6 +188,7 @@ def read_small(path: Path) -> bytes:
     size = _require_file(path)
     if size > LONGEST_HEADER:
         raise ValueError(f"{path.name} has {size} bytes, at most {LONGEST_HEADER} are read")
+    refuse_pointer(path)
     return path.read_bytes()
 
 

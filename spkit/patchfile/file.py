@@ -23,6 +23,7 @@ from spkit.errors import SpkitError
 from spkit.models.checkpoint_files import load_json, read_header_text
 from spkit.patchfile import encoding, floats
 from spkit.patchfile.manifest import PARTS, Block, Manifest, Matrix, read_manifest, wrong_tensor
+from spkit.system.pointers import refuse_pointer
 
 LONGEST_HEADER = 16 * 2**20  # bytes
 CHECKERS = 2  # threads that `check` decodes with; each holds one block
@@ -75,6 +76,7 @@ class PatchFile:
             self.manifest, self.id, self._start = self._open()
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             self._file.close()
+            refuse_pointer(self.path)
             what = f"its header lacks {error}" if isinstance(error, KeyError) else error
             raise SpkitError(f"{self.path} cannot be read as a patch: {what}") from None
         self._offsets = layout(self.manifest.tensors)

@@ -1,8 +1,10 @@
-"""Layer and module of a tensor's name."""
+"""Layer and module of a tensor's name; what is said about weights that cannot be read."""
 
+import plain
 import pytest
 
-from spkit.models.checkpoint_files import place
+from spkit.errors import SpkitError
+from spkit.models.checkpoint_files import INDEX, SINGLE, headers, place, tensor_files
 
 
 @pytest.mark.parametrize(
@@ -18,3 +20,48 @@ from spkit.models.checkpoint_files import place
 )
 def test_layer_and_module_of_a_name(tensor, layer, module):
     assert place(tensor) == {"tensor": tensor, "layer": layer, "module": module}
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 134\n"
+
+
+def bare(folder, *files):
+    folder.mkdir()
+    for name in files:
+        (folder / name).write_bytes(b"x")
+    return folder
+
+
+def test_weights_in_another_format_come_with_the_way_to_convert_them(tmp_path):
+    """Every reader of checkpoints asks `tensor_files` first."""
+    folder = bare(tmp_path / "a", "config.json", "training_args.bin", "pytorch_model.bin")
+    with pytest.raises(SpkitError, match="its weights are in pytorch_model.bin; convert") as caught:
+        headers(folder)
+    assert f'AutoModelForCausalLM.from_pretrained("{folder}").save_pretrained(' in str(caught.value)
+    assert "if you trust that file" in str(caught.value) and "\n" not in str(caught.value)
+    shards = bare(tmp_path / "b", *(f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)))
+    with pytest.raises(SpkitError, match="are in pytorch_model-00001-of-00002.bin; convert"):
+        tensor_files(shards)
+    adapter = bare(tmp_path / "c", "adapter_config.json", "adapter_model.safetensors")
+    with pytest.raises(SpkitError, match="it is an adapter of PEFT, not a model"):
+        tensor_files(adapter)
+    for name in ("training_args.bin", "README.md"):
+        with pytest.raises(SpkitError, match="in safetensors files: .*No such file"):
+            tensor_files(bare(tmp_path / name, name))
+
+
+@pytest.mark.parametrize("name", [SINGLE, INDEX])
+def test_a_pointer_of_git_lfs_says_what_to_run(name, tmp_path):
+    folder = bare(tmp_path / "a")
+    (folder / name).write_text(POINTER)
+    with pytest.raises(SpkitError, match=f"{name}: a git-lfs pointer .* `git lfs pull`"):
+        tensor_files(folder)
+
+
+def test_a_file_that_was_cut_says_so(tmp_path):
+    folder = bare(tmp_path / "a")
+    whole = plain.save(tmp_path / "b", shards=False) / SINGLE
+    for size, what in ((-100, "it was cut, so fetch it again"), (100, "was it cut\\?"), (0, "cut")):
+        (folder / SINGLE).write_bytes(whole.read_bytes()[:size])
+        with pytest.raises(SpkitError, match=f"{SINGLE} is no intact safetensors file: .*{what}"):
+            headers(folder)
