@@ -5,14 +5,12 @@ text in a CSV file). Only unsafe pairs with at least one category are read. Safe
 of the *pair*: a prompt of an unsafe pair need not be harmful in itself.
 """
 
-import ast
-import json
 from dataclasses import replace
 from typing import Any
 
 from spkit.config import SourceConfig
 from spkit.data.readers.record import Record
-from spkit.data.readers.rows import identifier, shown, text, truth, unique
+from spkit.data.readers.rows import identifier, literal, shown, text, truth, unique
 from spkit.data.readers.source import load_rows, remembered
 from spkit.data.readers.texts import normalised
 from spkit.errors import SpkitError
@@ -75,15 +73,7 @@ def prompts(source: SourceConfig) -> tuple[Record, ...]:
 
 def _flagged(value: Any, where: str) -> tuple[str, ...]:
     """The names of the 14 that are true, in the fixed order."""
-    flags = value
-    if isinstance(value, str):  # JSON, or what pandas writes into a CSV file: a Python literal
-        try:
-            flags = json.loads(value)
-        except ValueError:
-            try:
-                flags = ast.literal_eval(value)
-            except (ValueError, SyntaxError, RecursionError):
-                flags = None
+    flags = literal(value) if isinstance(value, str) else value
     if not isinstance(flags, dict):
         raise SpkitError(f"{where}: category is {shown(value)}, allowed: an object of 14 booleans")
     for name in flags:  # a column of structs has every row's keys; where a row has none it is None

@@ -12,9 +12,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from spkit.config import SourceConfig
+from spkit.data.readers.packed import format_of, no_rows
+from spkit.data.readers.parsing import json_lines
 from spkit.data.readers.record import Record
-from spkit.data.readers.rows import choice, identifier, shown, text, unique
-from spkit.data.readers.source import Row, json_lines, load_rows, on_disk, remembered
+from spkit.data.readers.rows import choice, identifier, misspelt, shown, text, unique
+from spkit.data.readers.source import Row, load_rows, on_disk, remembered
 from spkit.data.readers.texts import normalised
 from spkit.errors import SpkitError
 from spkit.examples import GROUPS
@@ -31,7 +33,7 @@ def pairs(source: SourceConfig) -> tuple[Record, ...]:
             id=identifier(row, ("id",), number, where),
             prompt=text(row, "prompt", where),
             response=text(row, "response", where),
-            categories=(text(row, "category", where),),
+            categories=(text(row, "category", where).strip(),),
         )
         for where, number, row in _rows(source, ("prompt", "response", "category"), ("id",))
     ]
@@ -42,16 +44,23 @@ def pairs(source: SourceConfig) -> tuple[Record, ...]:
 def prompts(source: SourceConfig) -> tuple[Record, ...]:
     """All evaluation prompts of every split; group and split are empty where the row has none.
 
-    SpkitError as for pairs, and for an objective, group or split that there is not.
+    SpkitError as for pairs, for an objective, group or split that there is not, and for a prompt
+    with two objectives.
     """
-    records, required = [], ("prompt", "objective", "category")
+    records, objectives, required = [], {}, ("prompt", "objective", "category")
     optional = ("id", "group", "phrasing", "reference", "forbidden", "split")
     for where, number, row in _rows(source, required, optional):
         objective = choice(row, "objective", tuple(GROUPS), where)
+        first = objectives.setdefault(normalised(text(row, "prompt", where)), objective)
+        if first != objective:
+            raise SpkitError(
+                f"{where}: objective is {objective!r}, but an earlier row with the same prompt "
+                f"says {first!r}"
+            )
         record = Record(
             id=identifier(row, ("id",), number, where),
             prompt=text(row, "prompt", where),
-            categories=(text(row, "category", where),),
+            categories=(text(row, "category", where).strip(),),
             objective=objective,
             group=choice(row, "group", GROUPS[objective], where) if "group" in row else "",
             phrasing=text(row, "phrasing", where, default="plain"),
@@ -83,7 +92,7 @@ def cut_responses(source: SourceConfig) -> set[str]:
 def _rows(source: SourceConfig, required: Sequence[str], optional: Sequence[str]) -> Iterator[Row]:
     """The rows with all required keys; without the optional ones that hold nothing."""
     # a JSONL file is read line by line, as it was written: the library would fill missing keys
-    lines = source.path.lower().endswith(".jsonl") and source.revision is None
+    lines = format_of(source.path)[0] == ".jsonl" and source.revision is None
     empty = True
     for where, number, row in _lines(source) if lines else load_rows(source, required):
         if not lines:
@@ -91,7 +100,8 @@ def _rows(source: SourceConfig, required: Sequence[str], optional: Sequence[str]
         missing = [key for key in required if key not in row]
         if missing:
             found = ", ".join(row) or "nothing"
-            raise SpkitError(f"{where}: the key {missing[0]!r} is missing (found: {found})")
+            hint = misspelt(missing[:1], list(row))
+            raise SpkitError(f"{where}: the key {missing[0]!r} is missing (found: {found}){hint}")
         for key in row:  # a key of one's own is welcome, a mistyped one of ours is not
             near = difflib.get_close_matches(key, optional, n=1, cutoff=0.8)
             if near and key not in (*required, *optional):
@@ -99,7 +109,7 @@ def _rows(source: SourceConfig, required: Sequence[str], optional: Sequence[str]
         empty = False
         yield where, number, row
     if empty:
-        raise SpkitError(f"{source.path}: holds no rows, at least one is needed")
+        raise no_rows(source.path)
 
 
 def _lines(source: SourceConfig) -> Iterator[Row]:

