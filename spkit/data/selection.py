@@ -24,6 +24,10 @@ from spkit.validation import nearest
 
 UNALIGNED = "unaligned"  # of data.responses; with ":" and a file behind it where that is known
 SPLITS = ("dev", "test")
+OPENINGS = {  # readers whose responses are openings of one
+    "advbench": "AdvBench's `target`",
+    "jailbreakbench": "JailbreakBench's `Target`",
+}
 INSTRUCTIONS_ALIGN = 0.2  # of a source of instructions, where data.shares says nothing
 
 
@@ -173,10 +177,10 @@ def what_is_y(data: DataConfig) -> str:
     if data.responses is not None:
         return f"y: the responses in {data.responses} (data.responses)"
     reader = "" if data.harmful == "sandbox" else resolve(data, data.harmful, "data.harmful").reader
-    if reader == "advbench":
+    if reader in OPENINGS:
         return (
-            "y: the opening alone (AdvBench's `target`), for the source has no whole responses; "
-            "data.responses takes a file of them"
+            f"y: the opening alone ({OPENINGS[reader]}), for the source has no whole responses; "
+            f"data.responses takes a file of them"
         )
     return "y: the source's own responses"
 

@@ -5,7 +5,21 @@ that can be evaluation prompts. They check every row; they choose nothing.
 """
 
 from spkit.config import SourceConfig
-from spkit.data.readers import advbench, beavertails, oktest, own, pyrit, rho, xstest
+from spkit.data.readers import (
+    advbench,
+    beavertails,
+    harmbench,
+    jailbreakbench,
+    oktest,
+    orbench,
+    own,
+    pyrit,
+    rho,
+    sorrybench,
+    strongreject,
+    wildguardmix,
+    xstest,
+)
 from spkit.data.readers.record import Record
 
 READERS = {
@@ -15,6 +29,12 @@ READERS = {
     "oktest": oktest,
     "pyrit": pyrit,
     "rho": rho,
+    "harmbench": harmbench,
+    "jailbreakbench": jailbreakbench,
+    "orbench": orbench,
+    "sorrybench": sorrybench,
+    "strongreject": strongreject,
+    "wildguardmix": wildguardmix,
     "own": own,
 }
 ROLES = ("D_h", "evaluation")
