@@ -13,6 +13,7 @@ import pytest
 from spkit.config import SourceConfig
 from spkit.data.readers import read
 from spkit.data.readers.source import is_local
+from spkit.data.readers.wrappers import read_wrappers
 from spkit.errors import SpkitError
 
 GOAT = "how do i dye the goat ?"
@@ -197,6 +198,12 @@ def test_a_pointer_in_a_folder_is_named():
     assert refused("clone").startswith("clone/train.csv: a git-lfs pointer and not the file itself")
 
 
+def test_a_pointer_in_the_place_of_wrappers():
+    Path("w.txt").write_bytes(LFS)
+    with pytest.raises(SpkitError, match="^w.txt: a git-lfs pointer and not the file itself"):
+        read_wrappers("w.txt")
+
+
 def test_cut_downloads():
     pd.DataFrame(TEXTS, columns=["goal", "target"]).to_parquet("a.parquet")
     whole = Path("a.parquet").read_bytes()
@@ -237,6 +244,8 @@ def test_cut_downloads():
         ("a.jsonl", '{"goal": ' + "[" * 99_999, "a.jsonl, row 1: not JSON: nested too deeply"),
         ("a.jsonl", '{"goal": ' + "9" * 9_999 + "}", "a.jsonl, row 1: not JSON: a number is too"),
         ("a.json", '{\n"goal": "a"\n}', "a.json: cannot be read (found the keys ['goal'], must be"),
+        ("a.jsonl", '[{"goal": "a"}]', 'a.jsonl, row 1: found \'[{"goal": "a"}]\', must be an obj'),
+        ("a.jsonl", '[\n{"goal": "a"}\n]', "a.jsonl, row 1: not JSON: Expecting value at column 2"),
         ("a.json", "3", "a.json: cannot be read (found 3, must be a list of objects)"),
         ("a.json", '[{"goal": "a"}, 3]', "a.json, row 2: found 3, must be an object with keys"),
     ],
@@ -263,11 +272,15 @@ def test_chats_and_templates_are_no_prompts():
     assert refused("a.jsonl", json.dumps(row), "own").startswith(
         "a.jsonl, row 1: prompt is a list of chat messages ("
     )
-    for written in (str(chat), json.dumps(chat)):  # as pandas and as others write it
+    shared = [{"from": "human", "value": "dye it"}]
+    for written in (str(chat), json.dumps(chat), str(shared)):  # as pandas and as others write it
         pd.DataFrame([{**row, "prompt": written}]).to_csv("a.csv")
         assert refused("a.csv", None, "own").startswith(
             "a.csv, row 1: prompt is a list of chat mes"
         )
+    for column in ("messages", "conversations"):
+        sentence = refused("a.jsonl", json.dumps({column: chat}), "own")
+        assert sentence.endswith(f"; chats ({column}) are not read: what the user says is 'prompt'")
     lines = json.dumps({**row, "prompt": "<|im_start|>user\ndye it"}) + "\n"
     assert refused("b.jsonl", lines * 2, "own").startswith(
         "b.jsonl: each prompt begins with a mark of a chat template"

@@ -18,9 +18,9 @@ UNPACK = f"unpack it, or pack it as {GZ}"
 OTHERS = {  # formats that people bring, and what to do with one
     **dict.fromkeys((".zip", ".zst", ".xz", ".bz2", ".tar", ".tgz", ".7z"), UNPACK),
     **dict.fromkeys((".xlsx", ".xls", ".ods"), "save the sheet as CSV (UTF-8)"),
-    **dict.fromkeys((".txt", ".md"), "write a JSONL or CSV file with a key for every column"),
+    ".txt": "write a JSONL or CSV file with a key for every column",
     **dict.fromkeys((".arrow", ".feather", ".orc"), "write it as Parquet"),
-    **dict.fromkeys((".pkl", ".pickle", ".pt"), "write it as JSONL or Parquet"),
+    **dict.fromkeys((".pkl", ".pickle"), "write it as JSONL or Parquet"),
     **dict.fromkeys((".ndjson", ".jsonlines"), "rename it to .jsonl"),
     **dict.fromkeys((".yaml", ".yml"), "write it as JSONL; PyRIT's own files end in .prompt"),
 }

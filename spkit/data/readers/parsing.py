@@ -106,9 +106,12 @@ def json_lines(path: str | Path, name: str | None = None) -> Iterator[Row]:
         except (ValueError, RecursionError) as error:
             cut = number == len(lines) > 1 and not found.endswith((b"\n", b"\r"))
             hint = "; the file ends in this row: download it again where it was cut" * cut
+            if text in ("[", "{"):
+                hint = "; a row must be one line (a list of objects is a .json file)"
             raise SpkitError(f"{where}: not JSON: {_why(error)}{hint}") from None
         if not isinstance(row, dict):
-            raise SpkitError(f"{where}: found {shown(text)}, must be an object with keys")
+            hint = " (a list of objects is a .json file)" * text.startswith("[")
+            raise SpkitError(f"{where}: found {shown(text)}, must be an object with keys{hint}")
         if twice:
             raise _stands_twice(where, twice[-1][1])
         yield where, number, row

@@ -15,6 +15,8 @@ from spkit.data.readers.record import Record
 from spkit.errors import SpkitError
 
 SHOWN = 40  # characters of a wrong value that an error may show
+MESSAGE = (("role", "content"), ("from", "value"))  # keys of one message of a chat
+CHATS = ("messages", "conversations", "conversation")  # columns that hold chats
 TURNS = (  # how a prompt begins that a chat template was put around already
     *("<|im_start|>", "<|begin_of_text|>", "<|start_header_id|>", "<start_of_turn>", "<bos>"),
     *("[INST]", "<s>[INST]", "<s> [INST]", "<|user|>", "<|system|>", "<|endoftext|>"),
@@ -33,20 +35,25 @@ def text(
         )
     if not isinstance(value, str) or not (value.strip() or empty):
         raise SpkitError(f"{where}: {key} is {shown(value)}, allowed: a text that is not empty")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise SpkitError(f"{where}: {key} holds half a character (a lone surrogate), must be UTF-8")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        said = "half a character (a lone surrogate), must be UTF-8"
+        raise SpkitError(f"{where}: {key} holds {said}") from None
     return value
 
 
 def _is_chat(value: Any) -> bool:
-    """[{"role": ..., "content": ...}], as a list or as the text that a CSV file makes of it."""
-    if isinstance(value, str) and value.lstrip().startswith("[") and "role" in value:
-        value = literal(value)
+    """A list of messages (MESSAGE), or the text that a CSV file makes of it; also a message."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = literal(value) if any(key in value for key, _ in MESSAGE) else None
     messages = [value] if isinstance(value, dict) else value
     return (
         isinstance(messages, list)
         and bool(messages)
-        and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages)
+        and all(
+            isinstance(m, dict) and any(set(keys) <= set(m) for keys in MESSAGE) for m in messages
+        )
     )
 
 
@@ -135,14 +142,18 @@ def _is_number(text: str) -> bool:
 
 
 def misspelt(names: Sequence[str], found: Sequence[Any]) -> str:
-    """ ", did you mean ...?" where one of the `found` names is near; "" where none is."""
+    """ ", did you mean ...?" where one of the `found` names is near; "" where none is.
+
+    A column of chats is said, too: there is one prompt in a row.
+    """
     for name in names:
         plain = {"".join(c for c in str(one).lower() if c.isalnum()): one for one in found}
         key = "".join(c for c in name.lower() if c.isalnum())
         near = [key] if key in plain else difflib.get_close_matches(key, list(plain), 1, 0.8)
         if near:
             return f", did you mean {plain[near[0]]!r}? It must be named {name!r}"
-    return ""
+    chats = next((name for name in CHATS if name in found), None)
+    return f"; chats ({chats}) are not read: what the user says is {names[0]!r}" if chats else ""
 
 
 def shown(value: Any) -> str:

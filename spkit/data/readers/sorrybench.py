@@ -69,17 +69,10 @@ def _request(row: dict[str, Any], where: str) -> str:
 
 def _category(value: Any, where: str) -> str:
     """The number as a text, or a name where the file has names."""
-    number = str(value).strip() if isinstance(value, int | str) else ""
-    right = number.isdecimal() and 1 <= int(number) <= CATEGORIES
-    if isinstance(value, bool) or not (right or (number and not _is_number(number))):
+    said = str(value).strip() if isinstance(value, int | str) else ""
+    number = said.isdecimal() and 1 <= int(said) <= CATEGORIES
+    name = isinstance(value, str) and any(character.isalpha() for character in said)
+    if not (number or name):  # True is an int, but "True" no number
         rule = f"allowed: a number from 1 to {CATEGORIES}, or a name"
         raise SpkitError(f"{where}: category is {shown(value)}, {rule}")
-    return number
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    return said

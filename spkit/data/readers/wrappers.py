@@ -11,6 +11,7 @@ from pathlib import Path
 
 from spkit.errors import SpkitError
 from spkit.examples import EvalPrompt
+from spkit.system.pointers import refuse_pointer
 
 SHIPPED = Path(__file__).parent / "wrappers.txt"
 PLACE = "{prompt}"
@@ -25,6 +26,7 @@ def read_wrappers(choice: str) -> dict[str, str]:
     if choice == "none":
         return {}
     path = wrappers_file(choice)
+    refuse_pointer(path)
     try:
         lines = path.read_bytes().decode("utf-8-sig").splitlines()
     except UnicodeDecodeError:
