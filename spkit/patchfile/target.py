@@ -19,6 +19,7 @@ from spkit.models.checkpoint_files import INDEX, load_json, other_files, read_sm
 from spkit.patchfile import floats
 from spkit.system import store
 from spkit.system.files import TEMPORARY, sync_folder_entry, write_error
+from spkit.system.lock import exclusive
 
 JOURNAL = "spkit-journal.jsonl"
 
@@ -127,17 +128,13 @@ def note_shard(made: Path, shard: str, count: int) -> None:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """A lock on the folder that ends with the process; SpkitError where another one holds it."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
+    if os.name != "posix":  # Windows has no handle of a folder
         yield
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise _Busy(f"another process is writing {folder}: wait for it.") from None
+        if not exclusive(handle):
+            raise _Busy(f"another process is writing {folder}: wait for it.")
         yield
     finally:
         os.close(handle)
