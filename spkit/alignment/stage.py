@@ -29,6 +29,7 @@ from spkit.alignment.made import (
     identity,
     model_folder,
     needed,
+    of_weights,
 )
 from spkit.config import Config
 from spkit.data.selection import (
@@ -49,6 +50,7 @@ from spkit.models.loading import DTYPES, load, resolve_dtype
 from spkit.system import resume
 from spkit.system.determinism import make_deterministic
 from spkit.system.files import atomic, make_folder, save_csv
+from spkit.system.lock import locked
 from spkit.system.record import write_record
 
 OWN_ANSWER = 64  # tokens of its own answer to a harmless instruction
@@ -63,6 +65,11 @@ def run(config: Config, folder: Path) -> Path:
     folder = Path(folder)
     if not needed(config) or finished(config, folder):
         return folder
+    with locked(folder):
+        return _made(config, folder)
+
+
+def _made(config: Config, folder: Path) -> Path:
     began = time.monotonic()
     (make_folder(folder) / RECORD).unlink(missing_ok=True)
     make_deterministic(config.seed, config.threads)
@@ -105,7 +112,7 @@ class Asked:
             max_new_tokens=max_new_tokens,
             batch_size=self.config.evaluation.batch_size,
             store=self.folder / "answers" / f"{name}.jsonl",
-            context=json.dumps(self.about, sort_keys=True),
+            context=json.dumps(of_weights(self.config), sort_keys=True),
         )
         return judged(answers, prompts, self.config)
 

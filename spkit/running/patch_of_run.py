@@ -14,7 +14,6 @@ from typing import Any
 import pandas as pd
 
 from spkit.config import Config, DerivationConfig
-from spkit.errors import SpkitError
 from spkit.method import importance
 from spkit.method.patch import Factors
 from spkit.method.safepatching import NAME as SAFEPATCHING
@@ -24,7 +23,7 @@ from spkit.models.checkpoint_files import local_folder
 from spkit.patchfile.make import About, make_patch
 from spkit.patchfile.manifest import Manifest, Values
 from spkit.running.aligned import after_alignment
-from spkit.running.runs import backbone_source, input_path, read_record, require, stage_folder
+from spkit.running.runs import backbone_source, input_path, require_made, stage_folder
 
 STAGE = "03_controllable_patching"
 ROWS = "model seed split group category metric n k rate low high".split()
@@ -35,13 +34,18 @@ def load_safepatching(patches: Path, importances: Path, config: Config) -> SafeP
 
     SpkitError where a file is missing, or the sets were made with other top rates.
     """
+    *derived, first, second = files_of_patches(patches, importances, config)
+    se, osm = map(Factors.load, derived)
+    read = importance.load if config.importance.save == "scores" else BitSets.load
+    return SafePatching(se, osm, (read(first), read(second)), config.patching, config.seed)
+
+
+def files_of_patches(patches: Path, importances: Path, config: Config) -> list[Path]:
+    """The files that load_safepatching reads in these two folders."""
+    ranked = "importance" if config.importance.save == "scores" else "top"
     names = ("se", "osm")
-    se, osm = (Factors.load(patches / f"{name}.safetensors") for name in names)
-    if config.importance.save == "scores":
-        found = [importance.load(importances / f"importance_{n}.safetensors") for n in names]
-    else:
-        found = [BitSets.load(importances / f"top_{name}.safetensors") for name in names]
-    return SafePatching(se, osm, tuple(found), config.patching, config.seed)
+    files = [patches / f"{name}.safetensors" for name in names]
+    return files + [importances / f"{ranked}_{name}.safetensors" for name in names]
 
 
 def about_run(config: Config, method: SafePatching, results: pd.DataFrame, **more: Any) -> About:
@@ -81,13 +85,9 @@ def make_from_run(
     progress: bool = True,
 ) -> Manifest:
     """The patch of a run whose notebook 03 is complete; SpkitError names the one to run first."""
-    require(config, STAGE)
+    record = require_made(config, STAGE)
     run = SimpleNamespace(input=partial(input_path, config, STAGE))
-    record, config = read_record(config, STAGE), after_alignment(config, make=False)
-    if record is None:
-        missing, notebook = stage_folder(config, STAGE) / "record.json", f"notebooks/{STAGE}.ipynb"
-        which = f"run_name={config.run_name}, seed={config.seed}"
-        raise SpkitError(f"{missing} is missing: run {notebook} first ({which})")
+    config = after_alignment(config, make=False)
     alpha, beta = record["notes"]["strengths"]
     method = load_safepatching(
         run.input("01_patch_derivation", "."), run.input("02_importance_analysis", "."), config

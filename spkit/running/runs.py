@@ -12,7 +12,7 @@ import hashlib
 import json
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,20 +20,17 @@ from typing import Any
 
 from spkit.alignment import made
 from spkit.config import Config
-from spkit.data.readers.source import local_files, resolve
-from spkit.data.readers.wrappers import wrappers_file
-from spkit.data.selection import is_unaligned
+from spkit.data.inputs import input_files, of_pairs
 from spkit.errors import SpkitError
-from spkit.models.gguf import checkpoint_of, is_gguf
+from spkit.models.gguf import checkpoint_of
 from spkit.running import mirror
-from spkit.system import made_from
+from spkit.system import lock, made_from
 from spkit.system.files import atomic, make_folder, save_csv
 from spkit.system.machine import git_state, hardware, peak_memory_mib, versions
 from spkit.validation import flattened
 
 NOTEBOOKS = Path("notebooks")
 UNCOUNTED = {"parameters", "colab"}  # tags of code cells that decide no result
-WHOLE_FILE_BYTES = 64 * 2**20  # larger input files (weights) are known by name and size alone
 
 
 @dataclass(frozen=True)
@@ -114,61 +111,20 @@ def identity(config: Config, stage: str) -> dict[str, Any]:
         # sets are final, so notebook 02 depends on the rates that scores would leave open
         rates = {key: dumped["patching"][key] for key in ("top_rate_se", "top_rate_osm")}
         params.setdefault("patching", rates)
+    if "data" in params and "evaluation" not in params:  # another evaluation, the same patches
+        params["data"] = of_pairs(config.data)
+    files, code = input_files(config, sections), dict(_code(stage))
+    if "align" in sections and made.needed(config):
+        before = made.identity(config)  # of the stage before notebook 00
+        params["alignment"], code = before["params"], code | before["code"]
+        files |= {f"alignment.{key}": value for key, value in before["files"].items()}
     return {
         "stage": stage,
         "seed": config.seed,
         "params": params,
-        "files": dict(_input_files(config, sections)),
-        "code": dict(_code(stage)) | _code_of_alignment(config),
+        "files": files,
+        "code": code,
     }
-
-
-def _input_files(config: Config, sections: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """(parameter, digest) of the user's own files, also of those behind names in data.sources.
-
-    A missing one is an error already here. Only of the experiment's tables it is not: all other
-    stages can do without them.
-    """
-    if "comparison" in sections:
-        tables = sorted(Path(config.comparison.tables).glob("*.csv"))
-        yield "comparison.tables", _digest(tables)
-    if "backbone" not in sections:
-        return
-    data = config.data
-    responses = [] if data.responses is None or is_unaligned(data) else data.responses
-    named = {"data.harmful": data.harmful, "data.responses": responses}
-    if config.align.harmful is not None:
-        align = config.align
-        named |= {"align.harmful": align.harmful, "align.over_safety": align.over_safety}
-        named["align.instructions"] = align.instructions
-    if "evaluation" in sections:
-        named["data.evaluation"] = data.evaluation
-        if data.wrappers != "none":  # the shipped file, too: it is no code
-            yield "data.wrappers", _digest([wrappers_file(data.wrappers)])
-    if "utility" in sections:
-        named["utility.perplexity"] = config.utility.perplexity
-        named["utility.kl"] = config.utility.kl or []
-        for task, source in config.utility.sources.items():
-            if files := local_files(source):  # one by pypi: is named by its hash, a parameter
-                yield f"utility.sources.{task}", _digest(files)
-        tasks, questions = config.utility.include_path, config.utility.mt_bench.prompts
-        if tasks is not None and Path(tasks).is_dir():
-            files = sorted(p for p in Path(tasks).rglob("*") if p.is_file())
-            yield "utility.include_path", _digest(files)
-        if questions is not None and Path(questions).is_file():
-            yield "utility.mt_bench.prompts", _digest([Path(questions)])
-    for key, names in named.items():
-        names = [names] if isinstance(names, str) else names
-        sources = [resolve(data, name, key, fetch=False) for name in names if name != "sandbox"]
-        # a hub id is named by its path and revision, a pypi: source by its hash: parameters
-        files = [file for source in sources for file in local_files(source)]
-        if files:
-            yield key, _digest(files)
-    source = Path(config.backbone.source)
-    if config.backbone.source != "sandbox" and source.is_dir():
-        yield "backbone.source", _digest(sorted(p for p in source.rglob("*") if p.is_file()))
-    elif is_gguf(config.backbone) and source.is_file():
-        yield "backbone.source", _digest([source])
 
 
 def _code(stage: str) -> Iterator[tuple[str, str]]:
@@ -184,21 +140,6 @@ def _code(stage: str) -> Iterator[tuple[str, str]]:
         )
         yield from made_from.code(made_from.imported_by(source)).items()
         yield notebook.as_posix(), hashlib.sha256(source.encode()).hexdigest()
-
-
-def _code_of_alignment(config: Config) -> dict[str, str]:
-    """Of the stage before notebook 00, where these parameters ask for it."""
-    return made.identity(config)["code"] if made.needed(config) else {}
-
-
-def _digest(paths: list[Path]) -> str:
-    total = hashlib.sha256()
-    for path in paths:
-        size = path.stat().st_size
-        total.update(f"{path.name} {size} ".encode())
-        if size <= WHOLE_FILE_BYTES:
-            total.update(path.read_bytes())
-    return total.hexdigest()
 
 
 # ---- upstream ------------------------------------------------------------------------------------
@@ -219,21 +160,61 @@ def require(config: Config, stage: str) -> None:
                 f"{stage} needs the results of {upstream}, but {folder / 'record.json'} is "
                 f"missing: run {notebook} first (run_name={config.run_name}, seed={config.seed})"
             )
-        # only what both depend on: the evaluation's settings do not make a backbone outdated
-        for kind in ("params", "files"):
-            theirs = flattened(record.get(kind, {}))
-            for key, value in flattened(mine[kind]).items():
-                if key in theirs and theirs[key] != value:
-                    change = f"{theirs[key]!r} there and {value!r} here"
-                    change = change if kind == "params" else "a file that has changed since"
-                    raise SpkitError(
-                        f"{folder} is outdated: {key} is {change}; run {notebook} again with the "
-                        f"present parameters, or choose another run_name"
-                    )
+        _require_same(record, mine, folder, notebook)
         theirs = record.get("code", {})
         changed = [name for name, d in mine["code"].items() if theirs.get(name, d) != d]
         if changed:
             warnings.warn(f"{upstream} was made before a change in {changed[0]}", stacklevel=3)
+
+
+def require_made(config: Config, stage: str) -> dict[str, Any]:
+    """The record of a stage that is complete and made with these parameters, and so are those it
+    reads from; else SpkitError as `require` gives."""
+    require(config, stage)
+    record, folder = read_record(config, stage), stage_folder(config, stage)
+    notebook = NOTEBOOKS / f"{stage}.ipynb"
+    if record is None:
+        raise SpkitError(
+            f"{folder / 'record.json'} is missing: run {notebook} first "
+            f"(run_name={config.run_name}, seed={config.seed})"
+        )
+    _require_same(record, identity(config, stage), folder, notebook)
+    return record
+
+
+def require_free(config: Config, stages: Sequence[str] = tuple(STAGES)) -> None:
+    """SpkitError where another process works in one of these stages' folders at this moment."""
+    for stage in stages:
+        lock.require_free(stage_folder(config, stage))
+
+
+def _require_same(record: Mapping, mine: Mapping, folder: Path, notebook: Path) -> None:
+    """SpkitError that names the first parameter or file that is another now.
+
+    Only of what both depend on: the evaluation's settings do not make a backbone outdated.
+    """
+    then = f"run {notebook} again with the present parameters, or choose another run_name"
+    theirs = flattened(record.get("params", {}))
+    for key, value in flattened(mine["params"]).items():
+        if key in theirs and theirs[key] != value:
+            change = f"{key} is {theirs[key]!r} there and {value!r} here"
+            raise SpkitError(f"{folder} is outdated: {change}; {then}")
+    theirs = record.get("files", {})
+    for key, files in mine["files"].items():
+        if key in theirs and theirs[key] != files:
+            raise SpkitError(f"{folder} is outdated: {_changed(key, theirs[key], files)}; {then}")
+
+
+def _changed(key: str, before: str | Mapping, now: str | Mapping) -> str:
+    """Which of a parameter's files differs: "backbone.source has model.safetensors changed since".
+
+    before, now: the digest of a file, or {name: digest} of a folder's.
+    """
+    if not isinstance(before, Mapping) or not isinstance(now, Mapping):
+        return f"{key} is a file that has changed since"
+    name = next(n for n in sorted({*before, *now}) if before.get(n) != now.get(n))
+    what = "is new" if name not in before else "is gone" if name not in now else "has changed since"
+    return f"the file {name} of {key} {what}"
 
 
 def input_path(config: Config, stage: str, upstream: str, name: str) -> Path:
@@ -272,22 +253,34 @@ class Run:
     """The open folder of one stage: read upstream files from it, write results to it, finish it."""
 
     def __init__(self, config: Config, stage: str):
+        self.config, self.stage = config, stage
         if config.mirror is not None:
             mirror.check(config.mirror, config.outputs)
-            stage_folder(config, stage)  # an unknown stage is an error before anything is copied
-            # not other stages: one that runs at this moment would get its old files back
-            self.restore(config, (*STAGES[stage].needs, stage))
-        require(config, stage)
-        self.config, self.stage = config, stage
-        self.folder = make_folder(stage_folder(config, stage))
-        self._identity, self._stamp = identity(config, stage), stamp(config, stage)
+        folder = stage_folder(config, stage)  # an unknown stage is an error before all else
+        lock.require_free(run_folder(config))
+        fresh = lock.take(folder)  # until `finish`, or the end of this process
+        try:
+            if config.mirror is not None:
+                # not other stages: one that runs at this moment would get its old files back
+                self.restore(config, (*STAGES[stage].needs, stage))
+            require(config, stage)
+            self._open(make_folder(folder))
+        except BaseException:
+            if fresh:
+                lock.release(folder)
+            raise
+
+    def _open(self, folder: Path) -> None:
+        self.folder = folder
+        self._identity = identity(self.config, self.stage)
+        self._stamp = stamp(self.config, self.stage)
         self._began = time.monotonic()
         # from here on until `finish` the stage is incomplete, also if this process is killed
-        (self.folder / "record.json").unlink(missing_ok=True)
-        for old in self.folder.glob("made-from-*"):
+        (folder / "record.json").unlink(missing_ok=True)
+        for old in folder.glob("made-from-*"):
             old.unlink()
-        if config.mirror is not None:  # there, too, it is incomplete from now on
-            mirror.push(self.folder, self._in_mirror(config, stage))
+        if self.config.mirror is not None:  # there, too, it is incomplete from now on
+            mirror.push(folder, self._in_mirror(self.config, self.stage))
 
     @staticmethod
     def restore(config: Config, stages: tuple[str, ...] = tuple(STAGES)) -> list[Path]:
@@ -366,5 +359,6 @@ class Run:
             path.touch()
         self.save_json("record.json", record)
         self.push()
+        lock.release(self.folder)
         peaks = [f"{x / 2**10:.2f} GiB ({k})" for k, x in record["peak_memory_mib"].items()]
         print(f"{self.stage} took {record['seconds']:.0f} s and at most {', '.join(peaks)}")

@@ -26,6 +26,8 @@ from spkit.running.runs import (
     identity,
     read_record,
     require,
+    require_free,
+    require_made,
     run_folder,
     stage_folder,
     stamp,
@@ -368,6 +370,147 @@ def test_local_backbone_counts_by_its_contents():
     first = identity(config(overrides), BACKBONE)["files"]
     (folder / "config.json").write_text("[]")
     assert first != identity(config(overrides), BACKBONE)["files"]
+
+
+def checkpoint(folder="model", **sizes):
+    """A folder with a config and weights of so many bytes, all the same number."""
+    Path(folder).mkdir(exist_ok=True)
+    for name, text in {"config.json": "{}", "tokenizer.json": "{}"}.items():
+        Path(folder, name).write_text(text)
+    (Path(folder) / "model.safetensors").write_bytes(bytes(sizes.get("size", 9)))
+    return {"backbone.source": folder}
+
+
+def test_retrained_weights_of_the_same_name_and_size_are_others(monkeypatch):
+    """Also in a large file, a byte in its middle, with its old date; and it is said which file."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(Path("cache").resolve()))
+    overrides = checkpoint(size=65 * 2**20)
+    complete([BACKBONE, DERIVATION, IMPORTANCE, PATCHING], overrides)
+    weights = Path("model/model.safetensors")
+    before = [stamp(config(overrides), stage) for stage in STAGES]
+    date = weights.stat()
+    with weights.open("r+b") as file:
+        file.seek(33 * 2**20)
+        file.write(b"1")
+    os.utime(weights, ns=(date.st_atime_ns, date.st_mtime_ns))
+    after = [stamp(config(overrides), stage) for stage in STAGES]
+    assert [a == b for a, b in zip(before, after, strict=True)] == [False] * 5 + [True]
+    said = (
+        "00_backbone is outdated: the file model.safetensors of backbone.source has changed since"
+    )
+    for attempt in (
+        lambda: Run(config(overrides), PATCHING),
+        lambda: require_made(config(overrides), PATCHING),
+    ):
+        with pytest.raises(SpkitError, match=said):
+            attempt()
+    assert read_record(config(overrides), PATCHING) is not None
+
+
+def test_what_lies_beside_the_weights_makes_nothing_outdated():
+    overrides = checkpoint() | {"utility.include_path": "tasks", "data.harmful": "rows.jsonl"}
+    Path("tasks").mkdir()
+    Path("tasks/a.yaml").write_text("task: a")
+    Path("rows.jsonl").write_text("{}")
+    before = {stage: stamp(config(overrides), stage) for stage in STAGES}
+    for folder in ("model", "tasks"):
+        for name in (".DS_Store", ".git/index", ".cache/x", "x.lock", "README.md", "__pycache__/a"):
+            Path(folder, name).parent.mkdir(exist_ok=True)
+            Path(folder, name).write_text("noise")
+    os.utime("rows.jsonl", ns=(1, 1))
+    Path("rows.jsonl").rename("elsewhere.jsonl")
+    Path("rows.jsonl").symlink_to("elsewhere.jsonl")
+    assert {stage: stamp(config(overrides), stage) for stage in STAGES} == before
+    Path("tasks/a.yaml").write_text("task: b")
+    changed = [stage for stage in STAGES if stamp(config(overrides), stage) != before[stage]]
+    assert changed == [BACKBONE, PATCHING]
+
+
+def test_adapters_template_and_judge_count_where_they_are_used():
+    for folder in ("se", "osm", "judge"):
+        checkpoint(folder)
+        Path(folder, "adapter_config.json").write_text("{}")
+        Path(folder, "adapter_model.safetensors").write_text("1")
+    Path("a.jinja").write_text("{{ x }}")
+    overrides = checkpoint() | {"derivation.se": "se", "derivation.osm": "osm"}
+    overrides |= {"backbone.chat_template": "a.jinja", "judges.classifier.model": "judge"}
+    overrides |= {"judges.harmful": ["classifier"]}
+    for file, stages in {
+        "se/adapter_model.safetensors": [DERIVATION, IMPORTANCE, PATCHING, CONTINUAL],
+        "osm/adapter_config.json": [DERIVATION, IMPORTANCE, PATCHING, CONTINUAL],
+        "se/tokenizer.json": [],
+        "a.jinja": list(STAGES)[:-1],
+        "judge/model.safetensors": [BACKBONE, PATCHING, CONTINUAL],
+    }.items():
+        before = {stage: stamp(config(overrides), stage) for stage in STAGES}
+        Path(file).write_text("other")
+        after = {stage: stamp(config(overrides), stage) for stage in STAGES}
+        assert [stage for stage in STAGES if before[stage] != after[stage]] == stages, file
+
+
+def test_another_evaluation_keeps_the_patches_and_another_alignment_does_not():
+    for name in ("h.csv", "i.csv", "o.csv", "x.jsonl"):
+        Path(name).write_text("{}")
+    new = {"data.sources": {"x": {"reader": "own", "path": "x.jsonl"}}}
+    assert changed_by(new | {"data.evaluation": ["sandbox", "x"]}) == [
+        BACKBONE,
+        PATCHING,
+        CONTINUAL,
+    ]
+    assert changed_by({"judges.batch_size": 3}) == [BACKBONE, PATCHING, CONTINUAL]
+    sources = {name: {"reader": "own", "path": f"{name}.csv"} for name in "hio"}
+    aligned = {"data.sources": sources, "align.harmful": "h", "align.instructions": "i"}
+    aligned |= {"align.over_safety": ["o"]}
+
+    def changed(overrides):
+        pair = [config(aligned | more) for more in ({}, overrides)]
+        return [s for s in STAGES if stamp(pair[0], s).name != stamp(pair[1], s).name]
+
+    # the judges say when the alignment ends, so another judge may be another backbone
+    assert changed({"judges.batch_size": 3}) == list(STAGES)[:-1]
+    assert changed({"utility.kl_prompts": 3}) == [BACKBONE, PATCHING]
+
+
+# ---- two at once ---------------------------------------------------------------------------------
+
+HOLD = """
+import sys
+from spkit.config import Config
+from spkit.running.runs import Run
+from spkit.system.lock import locked
+with locked("outputs/sandbox/seed-1"):
+    run = Run(Config(), "00_backbone")
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_process_is_refused_and_the_first_keeps_its_folder():
+    """One that has opened notebook 00 of seed 0, and all of the run of seed 1."""
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", HOLD], env=env, **pipes) as other:
+        assert other.stdout.readline() == "held\n"
+        for seed, where in enumerate(("seed-0/00_backbone", "seed-1")):
+            with pytest.raises(
+                SpkitError, match=f"sandbox/{where} is in use by process {other.pid}"
+            ):
+                Run(config({"seed": seed}), BACKBONE)
+        with pytest.raises(SpkitError, match="sandbox/seed-0/00_backbone is in use by process"):
+            require_free(config())
+        require_free(config(), [DERIVATION, CONTINUAL])
+        Run(config({"seed": 2}), BACKBONE).finish()
+        other.kill()
+    Run(config(), BACKBONE).finish()
+    Run(config(), BACKBONE)  # in the same kernel: the first cell once more
+    Run(config(), BACKBONE).finish()
+    assert not list(Path("outputs/sandbox/seed-0").glob(".*.lock"))
+
+
+def test_a_stage_that_cannot_begin_is_not_held():
+    with pytest.raises(SpkitError, match="run notebooks/00_backbone.ipynb first"):
+        Run(config(), DERIVATION)
+    assert not list(Path("outputs").rglob(".*.lock"))
 
 
 def test_machine_without_git_or_a_library(monkeypatch):
