@@ -20,6 +20,7 @@ stage's.
 The loop over the stages is method/continual.py's.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -38,7 +39,8 @@ from spkit.comparison.methods.bundle import calibrate, make_bundle
 from spkit.comparison.methods.method import check_setting
 from spkit.config import Config, PatchingConfig
 from spkit.data.selection import load_harmful_pairs
-from spkit.evaluation.answers import respond
+from spkit.evaluation.answers import counted, generated, respond
+from spkit.evaluation.answers import fingerprint as asked
 from spkit.evaluation.rates import COLUMNS, rates
 from spkit.examples import EvalPrompt, HarmfulPair, fingerprint
 from spkit.method.balancing import balanced, first_token_losses
@@ -130,7 +132,8 @@ class Stages:
     """The stages of a run, one method after the other.
 
     source: the first model, a folder or a hub id. folder: where `<method>/stage-<k>` go. prompts:
-    asked after every stage. identity: what the run is made from. saved: called after each stage.
+    asked after every stage. identity: what all stages are made from, but for the method's own
+    setting, the categories and the prompts, which `made_from` adds. saved: called after each stage.
     """
 
     source: str | Path
@@ -149,7 +152,7 @@ class Stages:
         """The responses after every stage, with a column `stage`; finished stages are read."""
         stages = self.config.continual.stages
         folders = [self.folder / method / f"stage-{k}" for k in range(1, len(stages) + 1)]
-        done = _complete(folders, self.identity)
+        done = _complete(folders, [self.made_from(method, k) for k in range(1, len(stages) + 1)])
         first = None if done else self.backbone
         last = folders[done - 1] / "model" if done else None
         models = run_stages(first, stages, partial(self.step, method), done, last)
@@ -159,7 +162,19 @@ class Stages:
             for old in folders[: k - 1]:
                 shutil.rmtree(old / "model", ignore_errors=True)
             responses = pd.read_csv(here / "responses.csv", keep_default_na=False)
-            yield responses.assign(stage=k)
+            about = json.loads((here / "stage.json").read_text("utf-8")) if k > done else {}
+            yield counted(responses.assign(stage=k), about.get("generated_tokens", 0))
+
+    def made_from(self, method: str, k: int) -> str:
+        """Names all that decides stage k of a method: what comes after it does not.
+
+        So another method, or one stage more, keeps the stages that are there.
+        """
+        config = self.config
+        own = [config.continual.settings.get(method), config.continual.stages[:k]]
+        evaluation = [config.evaluation.max_new_tokens, config.evaluation.batch_size]
+        parts = [self.identity, method, own, evaluation, asked(self.prompts)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def step(self, method: str, k: int, source: Path, categories: list[str]) -> Path:
         """One stage: derive, patch and answer into stage-<k>; returns the folder of its model."""
@@ -180,19 +195,20 @@ class Stages:
         """model/, responses.csv and stage.json of one stage."""
         config, seed = self.config, stage_seed(self.config.seed, k)
         pairs = load_harmful_pairs(config.data, seed=config.seed, categories=categories)
-        state = self.folder / method / f"checkpoints-{k}" / self.identity  # not another run's
+        state = self.folder / method / f"checkpoints-{k}" / self.made_from(method, k)[:16]
         deltas = stage_deltas(source, pairs, config, method, seed, Checkpoints(state, self.saved))
         folder.mkdir()
         self._write(folder, method, k, source, deltas, pairs)
         responses = self._answers(folder / "model", deltas, METHODS[method][0])
         responses.to_csv(folder / "responses.csv", index=False, lineterminator="\n")
-        about = {"identity": self.identity, "method": method, "stage": k, "categories": categories}
+        about = {"identity": self.made_from(method, k), "method": method, "stage": k}
+        about |= {"categories": categories, "generated_tokens": generated(responses)}
         (folder / "stage.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
     def _write(self, folder, method: str, k: int, source: Path, deltas, pairs) -> None:
         """The stage's model; where its deltas are sparse, by way of a patch file."""
         if deltas.whole:
-            add_deltas(source, deltas, folder / "model", identity=self.identity)
+            add_deltas(source, deltas, folder / "model", identity=self.made_from(method, k))
             return
         about = self._about(method, k, deltas.strengths, pairs)
         make_patch(source, deltas, folder / PATCH, about)
@@ -267,12 +283,13 @@ def run_methods(
     """What every method's model answers after every stage: respond's columns and `stage` (from 1).
 
     The answers are not judged here: a judge may need the device for itself. Stages that are in
-    `folder` with the same identity are read and not repeated.
+    `folder` with the same identity are read and not repeated. `answers.generated(frame)` counts the
+    tokens of the others.
     """
     config = _deriving(config)
     stages = Stages(source, config, Path(folder), prompts, identity, saved)
     frames = [frame for method in config.continual.methods for frame in stages.run(method)]
-    return pd.concat(frames, ignore_index=True)
+    return counted(pd.concat(frames, ignore_index=True), generated(*frames))
 
 
 def difference(before: str | Path, after: str | Path, names: Iterable[str]) -> Lazy:
@@ -318,10 +335,10 @@ def continual_rates(responses: pd.DataFrame, config: Config) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)[[*COLUMNS, "stage"]]
 
 
-def _complete(folders: list[Path], identity: str) -> int:
+def _complete(folders: list[Path], identities: list[str]) -> int:
     """How many of the first stages need not be repeated: the last of them still has its model."""
     done = 0
-    for folder in folders:
+    for folder, identity in zip(folders, identities, strict=True):
         about = folder / "stage.json"
         if not about.is_file() or json.loads(about.read_text("utf-8"))["identity"] != identity:
             break

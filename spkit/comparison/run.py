@@ -17,6 +17,7 @@ from spkit.errors import SpkitError
 from spkit.running.notebook import differing, why_failed
 from spkit.running.runs import NOTEBOOKS
 from spkit.system.files import make_folder, save_csv
+from spkit.system.lock import locked
 from spkit.system.machine import git_state, hardware, versions
 
 NOTEBOOK = "05_comparison.ipynb"
@@ -31,8 +32,13 @@ def folder_of(config: Config, budget: str) -> Path:
 
 def run(config: Config, budget_name: str, jobs: int) -> Path:
     """All units, then the tables; returns the folder of the tables."""
+    root = folder_of(config, budget_name)
+    with locked(root):
+        return _run(config, budget_name, jobs, make_folder(root))
+
+
+def _run(config: Config, budget_name: str, jobs: int, root: Path) -> Path:
     budget = budget_of(budget_name)
-    root = make_folder(folder_of(config, budget_name))
     units = plan(config, budget)
     places = graph.places(units, root / "units")
     seconds = graph.remaining_seconds(units, places, jobs) * pace(config)

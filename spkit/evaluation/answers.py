@@ -14,7 +14,7 @@ The judges (judges/) decide on a verdict.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -40,6 +40,8 @@ GREEDY = {
     **dict.fromkeys(("begin_suppress_tokens", "exponential_decay_length_penalty"), None),
     **dict.fromkeys(("penalty_alpha", "watermarking_config", "stop_strings", "max_time"), None),
 }
+
+GENERATED = "generated_tokens"  # in a frame's attrs
 
 
 def decoding(config: Config) -> dict[str, bool | int]:
@@ -96,14 +98,16 @@ def generate(
     max_new_tokens: int,
     batch_size: int,
     label: str = "generate",
+    told: Callable[[int], object] = lambda tokens: None,
 ) -> list[str]:
     """Greedy answers in the prompts' order, special tokens removed.
 
-    Prompts are sorted by length and batched.
+    Prompts are sorted by length and batched. told: called with the number of tokens of each batch.
     """
     answers = [""] * len(prompts)
     batches = _batches(tokenizer, prompts, batch_size)
-    for batch in _answered(model, tokenizer, batches, max_new_tokens, label):
+    for batch, tokens in _answered(model, tokenizer, batches, max_new_tokens, label):
+        told(tokens)
         for i, answer in batch.items():
             answers[i] = answer
     return answers
@@ -124,8 +128,8 @@ def _answered(
     max_new_tokens: int,
     label: str,
     done: int = 0,
-) -> Iterator[dict[int, str]]:
-    """{number of the prompt: answer} of each batch after the first `done`."""
+) -> Iterator[tuple[dict[int, str], int]]:
+    """({number of the prompt: answer}, tokens generated) of each batch after the first `done`."""
     ends = end_tokens(model, tokenizer)
     options = {"pad": tokenizer.pad_token_id, "ends": ends, "max_new_tokens": max_new_tokens}
     progress = {"desc": label, "unit": "batch", "initial": done, "total": len(batches)}
@@ -133,7 +137,12 @@ def _answered(
     for batch in tqdm(batches[done:], leave=False, disable=quiet, **progress):
         output = continued(model, list(batch.values()), **options)
         texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in output]
-        yield dict(zip(batch, texts, strict=True))
+        yield dict(zip(batch, texts, strict=True)), sum(_length(ids, ends) for ids in output)
+
+
+def _length(ids: torch.Tensor, ends: Sequence[int]) -> int:
+    """How many of a row's tokens were generated: up to the first that ends it, and not padding."""
+    return next((n for n, token in enumerate(ids.tolist(), start=1) if token in ends), len(ids))
 
 
 def respond(
@@ -152,19 +161,21 @@ def respond(
     store: a file that every finished batch is added to. A second call resumes after the last whole
     batch, with the batches that an uncut run forms, so that the responses are the same. A complete
     store is read, and then model and tokenizer may be None. It is begun anew where name, prompts,
-    decoding or `context` (what the model is made from, in the caller's words) are others.
+    decoding or `context` (what the model is made from; see stored.py) are others.
+    `frame.attrs["generated_tokens"]` is how many tokens this call generated, 0 where all were read.
     SpkitError if there are no prompts, or the store cannot be written.
     """
     if not prompts:
         raise SpkitError("There are no evaluation prompts: their file or its filter is empty.")
     header = {
         "name": name,
-        "prompts": _fingerprint(prompts),
+        "prompts": fingerprint(prompts),
         **_decoding(max_new_tokens, batch_size),
         "context": context,
     }
     kept = [] if store is None else files.stored(store, header)
     answers = {row.get("row"): row.get("response") for row in kept}
+    tokens_so_far = 0
     if set(answers) != set(range(len(prompts))):
         batches = _batches(tokenizer, [p.prompt for p in prompts], batch_size)
         kept = kept[: _whole([list(batch) for batch in batches], [row.get("row") for row in kept])]
@@ -177,14 +188,20 @@ def respond(
         with explained(
             f"generating the {label}", {f"evaluation.{key}": value for key, value in lower.items()}
         ):
-            for batch in _answered(model, tokenizer, batches, max_new_tokens, label, done):
+            for batch, tokens in _answered(model, tokenizer, batches, max_new_tokens, label, done):
                 answers |= batch
+                tokens_so_far += tokens
                 if store is not None:
                     rows = [
                         {"row": i, "id": prompts[i].id, "response": said}
                         for i, said in batch.items()
                     ]
                     files.append(store, rows)
+    return counted(_table(name, prompts, answers), tokens_so_far)
+
+
+def _table(name: str, prompts: Sequence[EvalPrompt], answers: Mapping[int, str]) -> pd.DataFrame:
+    """One row per prompt. answers: {number of the prompt: its response}."""
     rows = [
         {
             "model": name,
@@ -201,6 +218,18 @@ def respond(
     return pd.DataFrame(rows)
 
 
+def counted(frame: pd.DataFrame, tokens: int) -> pd.DataFrame:
+    """The frame, which says how many tokens were generated for it (`generated`)."""
+    frame.attrs[GENERATED] = int(tokens)
+    return frame
+
+
+def generated(*frames: pd.DataFrame) -> int:
+    """How many tokens were generated for these answers; those that were read from a store took
+    none."""
+    return sum(frame.attrs.get(GENERATED, 0) for frame in frames)
+
+
 def _whole(batches: Sequence[list[int]], found: list[int]) -> int:
     """How many of the stored rows are whole batches in the order of `batches`."""
     count = 0
@@ -211,7 +240,7 @@ def _whole(batches: Sequence[list[int]], found: list[int]) -> int:
     return count
 
 
-def _fingerprint(prompts: Sequence[EvalPrompt]) -> str:
+def fingerprint(prompts: Sequence[EvalPrompt]) -> str:
     """SHA-256 in hex of the prompts' ids and texts in their order."""
     text = json.dumps([[p.id, p.prompt] for p in prompts])
     return hashlib.sha256(text.encode()).hexdigest()

@@ -20,6 +20,7 @@ from spkit.running.aligned import after_alignment, align
 from spkit.running.walkthrough import duration
 from spkit.study import tables
 from spkit.study.unit import Unit
+from spkit.system.lock import locked
 
 SEEDS, DERIVATIONS = (0, 1, 2), 2
 
@@ -44,6 +45,11 @@ def run(
         raise SpkitError(
             f"a study needs two backbones at least for intervals; seeds: {list(seeds)}"
         )
+    with locked(study_folder(config)):
+        return _run(config, seeds, derivations, given or {})
+
+
+def _run(config: Config, seeds: Sequence[int], derivations: int, given: Mapping[str, Any]) -> Path:
     total, done, began, times = len(seeds) * (1 + derivations), 0, time.monotonic(), []
     units: list[Unit] = []
     for seed in seeds:
@@ -60,7 +66,7 @@ def run(
             if fresh:
                 times.append(time.monotonic() - was)
             print(f"[{done}/{total}] {unit.folder}{_left(times, total - done)}", flush=True)
-    made = tables.write(units, config, study_folder(config) / "tables", given or {})
+    made = tables.write(units, config, study_folder(config) / "tables", given)
     print(f"{total} units in {duration(time.monotonic() - began)}: {made}")
     return made
 

@@ -21,8 +21,10 @@ from torch import Tensor
 
 from spkit.comparison.methods.bundle import calibrate, load_bundle, make_bundle, save_bundle
 from spkit.config import Config
+from spkit.data.inputs import input_files, of_pairs
 from spkit.data.selection import load_eval_prompts, load_harmful_pairs
 from spkit.evaluation.judges import judged
+from spkit.evaluation.stored import of_backbone, of_patches
 from spkit.evaluation.utility import measure
 from spkit.evaluation.utility.first_token import (
     FILE,
@@ -60,7 +62,7 @@ class Unit:
 
     @property
     def identity(self) -> dict:
-        """All that decides the results. The aligned backbone is known by its own record."""
+        """All that decides the results; the aligned backbone is known by its files."""
         dumped = self.config.model_dump(mode="json")
         sections = [s for s in SECTIONS if self.derivation is not None or s not in _OF_PATCHES]
         params = {section: dumped[section] for section in sections}
@@ -68,6 +70,7 @@ class Unit:
             "params": params,
             "seeds": [self.config.seed, self.seed],
             "threads": self.config.threads,
+            "files": input_files(self.config, tuple(sections)),
             "code": made_from.code([__name__]),
         }
 
@@ -105,11 +108,18 @@ class Unit:
                 method = balanced(method, first_token_losses(model, tokenizer, calibration))
             variants = patches(method)
         settings = config.evaluation.model_dump(include={"max_new_tokens", "batch_size"})
-        context = json.dumps(self.identity, sort_keys=True)
-        settings |= {"folder": self.folder / "answers", "checkpoint": source, "context": context}
+        settings |= {"folder": self.folder / "answers", "checkpoint": source}
+        settings["context"] = self.context(source, method)
         for name, said in respond_as(model, tokenizer, variants, prompts, **settings):
             before = self._first_tokens_of_base(model, tokenizer, base)
             yield said, measure(model, tokenizer, config, name=name, base_logprobs=before)
+
+    def context(self, source: str, method: SafePatching | None) -> str:
+        """What its stored answers depend on. method: with the strengths that are used."""
+        if method is None:
+            return of_backbone(self.config, source)
+        files = sorted(self.bundle_folder().glob("*.safetensors"))
+        return of_patches(self.config, source, method, files, ["spkit.study.variants"])
 
     def _first_tokens_of_base(self, model, tokenizer, base: Path) -> Tensor | None:
         """Taken and kept by the base's unit, read by the others; None where no KL is asked for."""
@@ -123,7 +133,10 @@ class Unit:
     def bundle_folder(self) -> Path:
         """Its name tells what the bundle was made from: not from the setting of the patch."""
         params = {k: v for k, v in self.identity["params"].items() if k in _OF_BUNDLE}
-        text = json.dumps([params, self.identity["seeds"], self.config.threads], sort_keys=True)
+        params["data"] = of_pairs(self.config.data)
+        files = input_files(self.config, _OF_BUNDLE)
+        parts = [params, self.identity["seeds"], self.config.threads, files]
+        text = json.dumps(parts, sort_keys=True)
         return self.folder / f"bundle-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
     def method(self) -> SafePatching:

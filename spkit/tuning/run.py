@@ -23,14 +23,17 @@ import pandas as pd
 import torch
 import yaml
 
+from spkit.alignment import made as alignment
 from spkit.comparison.methods import METHODS
 from spkit.comparison.methods.bundle import calibrate
 from spkit.config import Config, load_params
+from spkit.data.inputs import input_files, of_pairs
 from spkit.data.selection import load_eval_prompts, load_harmful_pairs
 from spkit.errors import SpkitError
 from spkit.evaluation.answers import respond
 from spkit.evaluation.judges import check_judges, judged
 from spkit.evaluation.labels import BALANCED
+from spkit.evaluation.stored import of_backbone, of_setting
 from spkit.evaluation.utility.first_token import kl_prompts
 from spkit.evaluation.verdicts import FAILED
 from spkit.examples import EvalPrompt
@@ -47,6 +50,7 @@ from spkit.running.runs import identity, read_record, run_folder
 from spkit.sandbox.backbone import prepare_backbone
 from spkit.system.determinism import make_deterministic
 from spkit.system.files import atomic, make_folder, save_csv
+from spkit.system.lock import locked
 from spkit.system.machine import git_state, hardware, peak_memory_mib, versions
 from spkit.system.made_from import code
 from spkit.tuning.candidates import Candidates
@@ -83,8 +87,16 @@ def tune(params: str | Path, given: Mapping[str, Any] | None = None) -> pd.DataF
     """
     config = load_params(at_root(params), given)
     check(config)
-    align(config)
-    folder = make_folder(run_folder(config) / "tuning")
+    folder = run_folder(config) / "tuning"
+    with locked(folder):
+        align(config)
+        table = _tuned(config, make_folder(folder))
+    print(f"\n{summary(table)}\n\n{correlation_sentence(table)}\n\nAll files: {folder}")
+    return table
+
+
+def _tuned(config: Config, folder: Path) -> pd.DataFrame:
+    """The judged points: read where the search is finished, else it is run."""
     made_from = _made_from(config)
     table = _finished(folder, made_from)
     if table is None:
@@ -94,7 +106,6 @@ def tune(params: str | Path, given: Mapping[str, Any] | None = None) -> pd.DataF
         table = _Tuning(config, folder, made_from).run()
     else:
         print(f"Done already with these parameters: {folder}")
-    print(f"\n{summary(table)}\n\n{correlation_sentence(table)}\n\nAll files: {folder}")
     return table
 
 
@@ -129,13 +140,16 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _of_patches(made_from: Mapping) -> str:
+def _of_patches(config: Config, made_from: Mapping) -> str:
     """Names the derivation and the scores; where the ascent stops is in the names of its files."""
-    sections = ("backbone", "sandbox", "data", "align", "derivation", "importance")
+    sections = ("backbone", "sandbox", "align", "derivation", "importance")
     params = json.loads(json.dumps({key: made_from["params"][key] for key in sections}))
     params["derivation"]["ascent"].pop("stop_mean_loss")
+    params["data"] = of_pairs(config.data)
+    aligned = alignment.identity(config) if alignment.needed(config) else None
     roots = code(["spkit.comparison.methods.bundle", "spkit.sandbox.backbone"])
-    return _digest([made_from["seed"], params, made_from["files"], roots])
+    files = input_files(config, sections)
+    return _digest([made_from["seed"], params, files, roots, aligned])
 
 
 def _of_trials(made_from: Mapping) -> str:
@@ -181,6 +195,7 @@ class _Tuning:
         self.trials_of = _of_trials(made_from)
         self.work = _fresh(folder, "work", self.trials_of)
         self.seconds: dict[str, float] = {}
+        self.stores: set[Path] = set()  # of answers, that this run has used
 
     def run(self) -> pd.DataFrame:
         """All steps; the judged points."""
@@ -196,9 +211,8 @@ class _Tuning:
         config = self.config
         source = _backbone(config, self.folder)
         self.source = source
-        bundles = ingredients(
-            config, source, _fresh(self.folder, "patches", _of_patches(self.made_from))
-        )
+        self.patches = _fresh(self.folder, "patches", _of_patches(self.asked_for, self.made_from))
+        bundles = ingredients(config, source, self.patches)
         self.stops = list(bundles)
         self.own = self._own_stop()
         self.model, self.tokenizer = load(source, **config.answering)
@@ -250,13 +264,26 @@ class _Tuning:
         """What the points answer on dev, stored as it comes."""
         frames = []
         for point in points:
-            context = f"{self.trials_of} {json.dumps(dict(point.setting), sort_keys=True)}"
+            context = self._context(point)
             options = self.evaluation.model_dump(include={"max_new_tokens", "batch_size"})
-            options |= {"store": self.work / f"{_digest([point.name, context])}.jsonl"}
-            options |= {"name": point.name, "context": context}
+            store = make_folder(self.folder / "answers") / f"{_digest([point.name, context])}.jsonl"
+            self.stores.add(store)
+            options |= {"store": store, "name": point.name, "context": context}
             with patched(self.model, self._given(point.deltas)):
                 frames.append(respond(self.model, self.tokenizer, self.prompts, **options))
         return pd.concat(frames, ignore_index=True)
+
+    def _context(self, point: Point) -> str:
+        """What a point's answers depend on: neither the judges nor which trial it was."""
+        config = self.config
+        if point.name == BASE:
+            return of_backbone(config, self.source)
+        sections = {"patching", "importance"}
+        about = config.model_dump(mode="json", include=sections) | {"seed": config.seed}
+        about |= {"method": config.tuning.method, "setting": dict(point.setting)}
+        about |= {"stops": self.stops}
+        files = sorted(self.patches.rglob("*.safetensors"))
+        return of_setting(config, self.source, about, files, ["spkit.tuning.candidates"])
 
     def search(self) -> pd.DataFrame:
         """The trials by the fast objective."""
@@ -357,6 +384,8 @@ class _Tuning:
         _save_figure(folder, pareto(trials, table, config.tuning.max_kl))
         with atomic(folder / "chosen.yaml") as path:
             path.write_text(params_text(self.asked_for, chosen, self.stops), encoding="utf-8")
+        for store in set((folder / "answers").glob("*.jsonl")) - self.stores:
+            store.unlink()  # of other settings
         self.seconds["in all, since the last start"] = time.monotonic() - self.began
         record = {
             **self.made_from,
@@ -387,7 +416,9 @@ def _backbone(config: Config, folder: Path) -> str | Path:
     keys = ("backbone", "sandbox")
     if own.is_dir() and record is not None:
         theirs = record.get("params", {})
-        if all(theirs.get(key) == dumped[key] for key in keys) and record["seed"] == config.seed:
+        same = all(theirs.get(key) == dumped[key] for key in keys) and record["seed"] == config.seed
+        then = record.get("code", {})
+        if same and all(then.get(k, v) == v for k, v in code(["spkit.sandbox.backbone"]).items()):
             return own
     digest = _digest(
         [config.seed, *(dumped[key] for key in keys), code(["spkit.sandbox.backbone"])]

@@ -6,6 +6,7 @@ On the micro backbone, trained once; its answers mean nothing, but they differ f
 import json
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -14,15 +15,15 @@ import torch
 from safetensors.torch import load_file
 
 from spkit.comparison import continual
-from spkit.comparison.continual import continual_rates, run_methods, stage_patches
+from spkit.comparison.continual import Stages, continual_rates, run_methods, stage_patches
 from spkit.comparison.methods import METHODS as BASELINES
 from spkit.comparison.methods import Bundle
 from spkit.comparison.methods.bundle import calibrate, with_backbone
 from spkit.comparison.methods.npo import derive_npo
-from spkit.config import load_params
+from spkit.config import Config, load_params
 from spkit.data.selection import load_eval_prompts, load_harmful_pairs
 from spkit.errors import SpkitError
-from spkit.evaluation.answers import respond
+from spkit.evaluation.answers import generated, respond
 from spkit.evaluation.judges import judged
 from spkit.evaluation.rates import COLUMNS
 from spkit.examples import fingerprint
@@ -331,12 +332,9 @@ def test_of_the_models_only_the_last_is_kept(whole):
             kept = {"responses.csv", "stage.json"} | ({"model"} if k == 2 else set())
             kept |= {"patch.safetensors"} if method == "safepatching" else set()
             assert {path.name for path in here.iterdir()} == kept
-            assert json.loads((here / "stage.json").read_text()) == {
-                "identity": "one",
-                "method": method,
-                "stage": k,
-                "categories": categories,
-            }
+            about = json.loads((here / "stage.json").read_text())
+            assert len(about.pop("identity")) == 64 and about.pop("generated_tokens") > 0
+            assert about == {"method": method, "stage": k, "categories": categories}
 
 
 def test_no_patch_lies_on_the_disk(whole, base, tmp_path, monkeypatch):
@@ -490,6 +488,34 @@ def test_a_missing_last_stage_is_made_from_the_first(lost, base, whole, tmp_path
     assert contents(tmp_path) == contents(whole[0])
 
 
+def test_what_comes_after_a_stage_keeps_it_and_what_it_is_made_of_does_not(base, whole, tmp_path):
+    """Neither judges nor another method touch a stage; a later one leaves the earlier in place."""
+    prompts = load_eval_prompts(only("ga").data, only("ga").evaluation)
+    mine = partial(Stages, base, folder=tmp_path, identity="one")
+    before = [mine(config=only("ga"), prompts=prompts).made_from("ga", k) for k in (1, 2)]
+
+    def after(overrides, asked=prompts):
+        config = Config.from_sources(only("ga").model_dump(mode="json"), overrides)
+        return [mine(config=config, prompts=asked).made_from("ga", k) for k in (1, 2)]
+
+    same = {
+        "judges.batch_size": 3,
+        "evaluation.confidence": 0.9,
+        "continual.methods": ["ga", "npo"],
+    }
+    assert after(same) == before and len(set(before)) == 2
+    later = after({"continual.stages": [STAGES[0], ["gluing"]]})
+    assert later[0] == before[0] and later[1] != before[1]
+    for overrides in (
+        {"continual.settings": {"ga": {"strength": 2.0}}},
+        {"evaluation.max_new_tokens": 3},
+    ):
+        assert not set(after(overrides)) & set(before)
+    assert not set(after({}, prompts[:-1])) & set(before)
+    read = run(base, Path(whole[0]))
+    assert generated(read) == 0 and generated(whole[1]) > 0
+
+
 def test_another_identity_is_computed_anew(base, whole, tmp_path, capsys):
     copy_of(whole, tmp_path)
     (tmp_path / "ga" / "stage-1" / "responses.csv").write_text("foreign")
@@ -497,7 +523,8 @@ def test_another_identity_is_computed_anew(base, whole, tmp_path, capsys):
     assert announced(capsys) == ALL[2:]
     assert responses["response"].tolist() == whole[1].query("model == 'GA'")["response"].tolist()
     for path in (tmp_path / "ga").rglob("stage.json"):
-        assert json.loads(path.read_text())["identity"] == "two"
+        before = (whole[0] / path.relative_to(tmp_path)).read_text()
+        assert json.loads(path.read_text())["identity"] != json.loads(before)["identity"]
     assert contents(tmp_path).keys() == contents(whole[0]).keys()
 
 
@@ -506,7 +533,7 @@ def test_a_foreign_first_stage_ends_what_is_read(base, whole, tmp_path, capsys):
     copy_of(whole, tmp_path)
     first, second = (tmp_path / "safepatching" / f"stage-{k}" for k in (1, 2))
     about = first / "stage.json"
-    about.write_text(about.read_text().replace('"one"', '"two"'))
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"identity": "two"}))
     shutil.copytree(second / "model", first / "model")
     run(base, tmp_path, only("safepatching"))
     assert announced(capsys) == ALL[:2]

@@ -13,6 +13,7 @@ A model comes in, a tidy frame goes out; nothing here knows of patches or run fo
 """
 
 from importlib.util import find_spec
+from pathlib import Path
 
 import pandas as pd
 from torch import Tensor
@@ -97,11 +98,20 @@ def measure(
     return pd.DataFrame([own, *moved, *tasks.to_dict("records")], columns=COLUMNS)
 
 
-def open_answers(model, tokenizer, config: Config, *, name: str) -> pd.DataFrame:
+def open_answers(
+    model,
+    tokenizer,
+    config: Config,
+    *,
+    name: str,
+    folder: Path | None = None,
+    context: str = "",
+) -> pd.DataFrame:
     """One model's MT-Bench answers: model, question_id, category, turn, question, answer.
 
-    No rows where `utility.mt_bench.prompts` is null. The caller keeps them; `graded` wants the
-    answers of all models in one frame, so that the judge is loaded once.
+    folder: where they are stored, as open-<name>.jsonl; context: as in answers.respond. No rows
+    where `utility.mt_bench.prompts` is null. The caller keeps them; `graded` wants the answers of
+    all models in one frame, so that the judge is loaded once.
     """
     questions = mt_bench_questions(config.utility.mt_bench)
     if not questions:
@@ -112,6 +122,8 @@ def open_answers(model, tokenizer, config: Config, *, name: str) -> pd.DataFrame
         questions,
         max_new_tokens=config.utility.mt_bench.max_new_tokens,
         batch_size=config.utility.batch_size,
+        store=None if folder is None else folder / f"open-{name}.jsonl",
+        context=context,
     )
     answers.insert(0, "model", name)
     return answers

@@ -8,9 +8,12 @@ answers. So they compare the models of a run with each other, and not with GPT-4
 This file loads no models.
 """
 
+import hashlib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pandas as pd
 
@@ -19,7 +22,8 @@ from spkit.data.readers.rows import identifier, shown
 from spkit.data.readers.rows import text as text_of
 from spkit.data.readers.source import load_rows
 from spkit.errors import SpkitError
-from spkit.evaluation.answers import generate
+from spkit.evaluation.answers import counted, generate
+from spkit.system import store as files
 from spkit.system.pypi import is_pypi
 
 ANSWERS = "question_id category turn question answer".split()
@@ -66,26 +70,48 @@ def mt_bench_questions(mt_bench: MtBenchConfig) -> list[Question]:
 
 
 def mt_bench_answers(
-    model, tokenizer, questions: Sequence[Question], *, max_new_tokens: int, batch_size: int
+    model,
+    tokenizer,
+    questions: Sequence[Question],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    store: Path | None = None,
+    context: str = "",
 ) -> pd.DataFrame:
     """Two rows a question (ANSWERS): turn 1, and turn 2 asked after turn 1 and its answer.
 
-    Greedy, at most `max_new_tokens` a turn.
+    Greedy, at most `max_new_tokens` a turn. store, context: as in answers.respond; each turn is
+    stored when it is whole. `answers.generated(frame)` counts the tokens.
     """
     options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    first = [(question.turns[0],) for question in questions]
-    answers = generate(model, tokenizer, first, label="MT-Bench, turn 1", **options)
-    second = [
-        (question.turns[0], answer, question.turns[1])
-        for question, answer in zip(questions, answers, strict=True)
-    ]
-    more = generate(model, tokenizer, second, label="MT-Bench, turn 2", **options)
+    text = json.dumps([[question.id, *question.turns] for question in questions])
+    asked = hashlib.sha256(text.encode()).hexdigest()
+    header = {"questions": asked, **options, "context": context}
+    kept = [] if store is None else files.stored(store, header)
+    if not kept and store is not None:
+        files.begin(store, header, [])
+    said, tokens = [row["answers"] for row in kept], []
+    for turn in range(len(said), 2):
+        prompts = [
+            (*_before(q, [a[i] for a in said]), q.turns[turn]) for i, q in enumerate(questions)
+        ]
+        label = f"MT-Bench, turn {turn + 1}"
+        said.append(generate(model, tokenizer, prompts, label=label, told=tokens.append, **options))
+        if store is not None:
+            files.append(store, [{"turn": turn + 1, "answers": said[turn]}])
     table = [
-        (question.id, question.category, turn + 1, question.turns[turn], said)
-        for question, both in zip(questions, zip(answers, more, strict=True), strict=True)
-        for turn, said in enumerate(both)
+        (question.id, question.category, turn + 1, question.turns[turn], answers[turn])
+        for question, answers in zip(questions, zip(*said, strict=True), strict=True)
+        for turn in (0, 1)
     ]
-    return pd.DataFrame(table, columns=ANSWERS)
+    return counted(pd.DataFrame(table, columns=ANSWERS), sum(tokens))
+
+
+def _before(question: Question, answers: Sequence[str]) -> list[str]:
+    """The turns so far with their answers: user, assistant, ..."""
+    both = zip(question.turns, answers, strict=False)
+    return [text for pair in both for text in pair]
 
 
 def mt_bench_scores(
