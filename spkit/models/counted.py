@@ -69,7 +69,7 @@ def of_checkpoint(source: str | Path, revision: str | None = None) -> dict[str, 
     and else its name and revision."""
     if Path(source).is_dir():
         return fingerprint.digests(checkpoint_files(source))
-    return {"hub": _commit(str(source), revision) or f"{source} {revision}"}
+    return {"hub": commit(str(source), revision) or f"{source} {revision}"}
 
 
 def of_files(files: Mapping[str, Path]) -> str | dict[str, str]:
@@ -92,8 +92,8 @@ def _weights(folder: Path, names: list[str]) -> list[str]:
     return [name for name in every if name in used] or every
 
 
-def _commit(source: str, revision: str | None) -> str | None:
-    """Of the snapshot in the hub's cache."""
+def commit(source: str, revision: str | None) -> str | None:
+    """The commit of the snapshot in the hub's cache; None where there is none, or for no hub id."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 

@@ -22,10 +22,12 @@ from spkit.alignment import made
 from spkit.config import Config
 from spkit.data.inputs import input_files, of_pairs
 from spkit.errors import SpkitError
-from spkit.models.gguf import checkpoint_of
+from spkit.models import counted
+from spkit.models.gguf import checkpoint_of, is_gguf
 from spkit.running import mirror
 from spkit.system import lock, made_from
 from spkit.system.files import atomic, make_folder, save_csv
+from spkit.system.fingerprint import combined
 from spkit.system.machine import git_state, hardware, peak_memory_mib, versions
 from spkit.validation import flattened
 
@@ -114,6 +116,8 @@ def identity(config: Config, stage: str) -> dict[str, Any]:
     if "data" in params and "evaluation" not in params:  # another evaluation, the same patches
         params["data"] = of_pairs(config.data)
     files, code = input_files(config, sections), dict(_code(stage))
+    if "sandbox" in sections and config.backbone.source == "sandbox":
+        code |= made_from.code(["spkit.sandbox.backbone"])  # its weights, shipped or trained
     if "align" in sections and made.needed(config):
         before = made.identity(config)  # of the stage before notebook 00
         params["alignment"], code = before["params"], code | before["code"]
@@ -151,7 +155,7 @@ def require(config: Config, stage: str) -> None:
     SpkitError names the notebook to run, and for an outdated one the key that differs. Changed code
     is only a warning here: a comment added to a module should stop nobody.
     """
-    mine = identity(config, stage)
+    mine, weights = identity(config, stage), weights_here(config)
     for upstream in STAGES[stage].needs:
         record = read_record(config, upstream)
         folder, notebook = stage_folder(config, upstream), NOTEBOOKS / f"{upstream}.ipynb"
@@ -161,6 +165,11 @@ def require(config: Config, stage: str) -> None:
                 f"missing: run {notebook} first (run_name={config.run_name}, seed={config.seed})"
             )
         _require_same(record, mine, folder, notebook)
+        if record.get("weights") not in (None, weights or record.get("weights")):
+            raise SpkitError(
+                f"{folder} is outdated: it was made with other weights of the backbone; run "
+                f"{notebook} again, or choose another run_name"
+            )
         theirs = record.get("code", {})
         changed = [name for name, d in mine["code"].items() if theirs.get(name, d) != d]
         if changed:
@@ -233,6 +242,22 @@ def backbone_source(config: Config, run) -> Path | str:
     if config.backbone.source != "sandbox":
         return checkpoint_of(config.backbone)
     return run.input("00_backbone", "model")
+
+
+def weights_here(config: Config) -> str | None:
+    """One digest of the backbone that this run made itself, or of the hub's commit that is here.
+
+    None where it is not here yet, and for a local folder or file: it is among the input files.
+    """
+    if config.align.harmful is not None:
+        folder = made.model_folder(config, run_folder(config) / "align")
+    elif config.backbone.source == "sandbox":
+        folder = stage_folder(config, "00_backbone") / "model"
+    elif is_gguf(config.backbone) or Path(config.backbone.source).exists():
+        return None
+    else:
+        return counted.commit(config.backbone.source, config.backbone.revision)
+    return combined(counted.of_checkpoint(folder)) if folder.is_dir() else None
 
 
 def read_record(config: Config, stage: str) -> dict[str, Any] | None:
@@ -347,6 +372,7 @@ class Run:
         record = {
             **self._identity,
             "notes": notes,
+            "weights": weights_here(self.config),
             "run_name": self.config.run_name,
             "threads": self.config.threads,
             "versions": versions(),

@@ -264,7 +264,7 @@ def change_file(monkeypatch, name):
         ("method/sets.py", list(STAGES)[1:]),  # whatever keeps a set of weights, or draws one
         ("models/patched.py", [PATCHING, CONTINUAL, COMPARISON]),
         ("evaluation/utility/__init__.py", [BACKBONE, PATCHING]),
-        ("sandbox/weights/model.safetensors", [BACKBONE]),
+        ("sandbox/weights/model.safetensors", list(STAGES)[:-1]),  # no old patch on new weights
         ("comparison/report.py", [COMPARISON]),
         # what cannot change a result reruns nothing
         ("cli/front.py", []),
@@ -405,6 +405,22 @@ def test_retrained_weights_of_the_same_name_and_size_are_others(monkeypatch):
         with pytest.raises(SpkitError, match=said):
             attempt()
     assert read_record(config(overrides), PATCHING) is not None
+
+
+def test_by_hand_no_old_patch_meets_a_backbone_that_was_made_again():
+    made = stage_folder(config(), BACKBONE) / "model"
+    for weights in ("one", "two"):
+        run = Run(config(), BACKBONE)
+        made.mkdir(exist_ok=True)
+        (made / "model.safetensors").write_text(weights)
+        run.finish()
+        if weights == "one":
+            complete([DERIVATION, IMPORTANCE])
+            require(config(), PATCHING)
+    require(config(), CONTINUAL)  # it reads 00 alone
+    said = "01_patch_derivation is outdated: it was made with other weights of the backbone; run"
+    with pytest.raises(SpkitError, match=said):
+        Run(config(), PATCHING)
 
 
 def test_what_lies_beside_the_weights_makes_nothing_outdated():
