@@ -6,7 +6,7 @@ This file loads nothing, so that a plan can ask it. stage.py makes the results.
 from pathlib import Path
 
 from spkit.config import Config, DataConfig
-from spkit.data.inputs import input_files
+from spkit.data.inputs import input_files, one_spelling
 from spkit.data.selection import is_unaligned
 from spkit.system import made_from
 from spkit.system.record import is_made_from
@@ -31,8 +31,9 @@ def identity(config: Config) -> dict:
     evaluation = {key: dumped["evaluation"][key] for key in ("dtype", "batch_size")}
     for key in UNMEASURED:
         del dumped["utility"][key]
+    params = {**{key: dumped[key] for key in (*SECTIONS, "data")}, "evaluation": evaluation}
     return {
-        "params": {**{key: dumped[key] for key in (*SECTIONS, "data")}, "evaluation": evaluation},
+        "params": one_spelling(params),
         "files": {
             key: value
             for key, value in input_files(config, SECTIONS).items()

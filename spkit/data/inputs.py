@@ -7,6 +7,7 @@ A file's place and date do not count here; its path does, for it is a parameter.
 was moved makes a stage run again, but no stored answer is generated anew (evaluation/stored.py).
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from spkit.models.gguf import is_gguf
 
 OF_PAIRS = "harmful pairs categories responses response_tokens as_questions max_tokens shares"
 
+LONGEST = 1000  # characters of a path; what is longer is a text
+
 Files = dict[str, Path]
 
 
@@ -30,6 +33,22 @@ def of_pairs(data: DataConfig) -> dict[str, Any]:
         name: data.sources[name] for name in (data.harmful, data.responses) if name in data.sources
     }
     return {**found, "sources": {name: x.model_dump(mode="json") for name, x in used.items()}}
+
+
+def one_spelling(value: Any) -> Any:
+    """Parameters with each path that is there spelt in one way: `./a`, `a/` and its absolute path
+    are `a` in the working folder."""
+    if isinstance(value, dict):
+        return {key: one_spelling(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [one_spelling(inner) for inner in value]
+    if not isinstance(value, str) or "/" not in value or len(value) > LONGEST or "{" in value:
+        return value
+    if not Path(value).exists():
+        return value  # a hub id, a text
+    path = Path(os.path.abspath(value))
+    inside = path != Path.cwd() and path.is_relative_to(Path.cwd())
+    return (path.relative_to(Path.cwd()) if inside else path).as_posix()
 
 
 def input_files(config: Config, sections: tuple[str, ...]) -> dict[str, str | dict[str, str]]:

@@ -20,7 +20,7 @@ from typing import Any
 
 from spkit.alignment import made
 from spkit.config import Config
-from spkit.data.inputs import input_files, of_pairs
+from spkit.data.inputs import input_files, of_pairs, one_spelling
 from spkit.errors import SpkitError
 from spkit.models import counted
 from spkit.models.gguf import checkpoint_of, is_gguf
@@ -125,7 +125,7 @@ def identity(config: Config, stage: str) -> dict[str, Any]:
     return {
         "stage": stage,
         "seed": config.seed,
-        "params": params,
+        "params": one_spelling(params),
         "files": files,
         "code": code,
     }

@@ -442,6 +442,20 @@ def test_what_lies_beside_the_weights_makes_nothing_outdated():
     assert changed == [BACKBONE, PATCHING]
 
 
+@pytest.mark.parametrize("spelling", ["./model", "model/", "{here}/model", "../{name}/model"])
+def test_another_spelling_of_a_path_is_the_same_parameter(spelling, elsewhere):
+    overrides = checkpoint() | {"data.harmful": "in/rows.jsonl"}
+    Path("in").mkdir()
+    Path("in/rows.jsonl").write_text("{}")
+    before = [stamp(config(overrides), stage).name for stage in STAGES]
+    named = spelling.format(here=elsewhere, name=elsewhere.name)
+    again = overrides | {"backbone.source": named, "data.harmful": "./in/../in/rows.jsonl"}
+    assert [stamp(config(again), stage).name for stage in STAGES] == before
+    checkpoint("other")
+    other = overrides | {"backbone.source": "other"}
+    assert stamp(config(other), BACKBONE).name != before[0]
+
+
 def test_adapters_template_and_judge_count_where_they_are_used():
     for folder in ("se", "osm", "judge"):
         checkpoint(folder)
