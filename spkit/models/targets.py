@@ -56,7 +56,7 @@ def _matching(linear: Sequence[str], pattern: str, others: Mapping[str, str]) ->
     found = [path for path in linear if rule.fullmatch(path)]
     wrong = next((path for path in others if rule.fullmatch(path)), None)
     if wrong is not None:
-        what = f"matches {wrong!r}, a {others[wrong]} that gets no factors"
+        what = f"matches {wrong!r}, which is {others[wrong]} and gets no factors"
     elif not found:
         what = "matches no whole path of a linear layer of the language model"
     else:

@@ -7,7 +7,6 @@ wrapped by PEFT. This file is where the two worlds meet.
 
 import re
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from torch import nn
@@ -16,7 +15,7 @@ from spkit.errors import SpkitError
 from spkit.models.nf4 import decoded
 from spkit.models.targets import ALL, AUTO, chosen
 
-EXPERT = re.compile(r"\.experts\.\d+\.")  # a linear layer in one of them
+EXPERT = re.compile(r"\.experts\.\d+(\.|$)")  # a linear layer in one of them
 
 
 def guard_nf4(model: nn.Module) -> None:
@@ -36,7 +35,7 @@ def target_weights(model: nn.Module, targets: Sequence[str] | str) -> dict[str, 
 
     In the model's own order. On a PEFT model the value is the LoRA wrapper where there is one
     (its forward is the layer's forward), and the name is still the bare checkpoint's. Only layers
-    of the language model count; what is left out of a larger one is said once. Works on "meta".
+    of the language model count; `left_out` says what that leaves. Works on "meta".
     SpkitError for a target that names no linear layer, or whose weight is tied to another.
     """
     linear, others = linear_layers(model)
@@ -49,8 +48,6 @@ def target_weights(model: nn.Module, targets: Sequence[str] | str) -> dict[str, 
                 f"The weight '{path}.weight' is tied to the input embeddings and cannot be a "
                 "target."
             )
-    for remark in left_out(model):
-        _say(remark)
     return {path + ".weight": linear[path] for path in chosen_paths}
 
 
@@ -92,12 +89,6 @@ def left_out(model: nn.Module) -> list[str]:
     if towers:
         said.append(f"Only the language model is patched; left out: {', '.join(sorted(towers))}.")
     return said
-
-
-@cache
-def _say(line: str) -> None:
-    """Print it, once in a process."""
-    print(line)
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:

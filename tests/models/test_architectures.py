@@ -16,7 +16,6 @@ import pytest
 import torch
 from nbclient.exceptions import CellExecutionError
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     GemmaConfig,
@@ -27,26 +26,17 @@ from transformers import (
     LongformerForSequenceClassification,
     MistralConfig,
     MistralForCausalLM,
-    PreTrainedTokenizerFast,
 )
+from whole_runs import CONTINUAL, LLAMA2, SIZES, sources, tokenizer, write_data
 
 from spkit.config import load_params
-from spkit.data.readers.beavertails import CATEGORIES
 from spkit.models.checkpoint_files import tensor_files
 from spkit.running.runs import STAGES, run_folder
-from spkit.sandbox import world
-from spkit.sandbox.tokenizer import vocabulary
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = list(STAGES)[:-1]  # the comparison is the sandbox's
-CONTINUAL = ["drug_abuse,weapons,banned_substance", "financial_crime,property_crime,theft"]
 
 # the shape of each chat format, with blanks for a tokenizer of words
-LLAMA2 = (
-    "{% for m in messages %}{% if m['role'] == 'system' %}{{ ' <<SYS>> ' + m['content'] }}"
-    "{% elif m['role'] == 'user' %}{{ bos_token + ' [INST] ' + m['content'] + ' [/INST]' }}"
-    "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
-)
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}"
     "{{ ' <|start_header_id|> ' + m['role'] + ' <|end_header_id|> ' }}"
@@ -79,23 +69,6 @@ MODELS = {
         MISTRAL,
     ),
 }
-MARKS = "[INST] [/INST] <<SYS>> <|start_header_id|> <|end_header_id|> <|eot_id|> <start_of_turn> "
-MARKS = [*(MARKS + "<end_of_turn>").split(), "user", "assistant", "system", "model"]
-
-
-def tokenizer(template=None):
-    ids = {token: i for i, token in enumerate([*vocabulary(), *MARKS])}
-    core = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"pad_token": "<pad>", "bos_token": "<bos>", "unk_token": "<unk>"}
-    turn = next((t for t in ("<|eot_id|>", "<end_of_turn>") if t in (template or "")), "<eos>")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        eos_token="<eos>",
-        additional_special_tokens=[] if turn == "<eos>" else [turn],
-        chat_template=template,
-        **special,
-    )
 
 
 def write_backbone(folder, name):
@@ -128,71 +101,6 @@ def write_judge(folder):
     return folder
 
 
-def write_data(folder):
-    """BeaverTails, AdvBench and XSTest as they are published, with the village's texts."""
-    folder.mkdir()
-    pairs = world.harmful_pairs(tuple(world.SEEN_CATEGORIES), 60, 0)
-    rows = [
-        {
-            "prompt": pair.prompt,
-            "response": pair.response,
-            "category": {name: name == CONTINUAL[i % 2] for name in CATEGORIES},
-            "is_safe": False,
-        }
-        for i, pair in enumerate(pairs)
-    ]
-    for name, part in (("train", rows[:40]), ("test", rows[40:])):
-        lines = "\n".join(map(json.dumps, part))
-        (folder / f"beavertails_{name}.jsonl").write_text(lines + "\n")
-    asked = world.eval_prompts("test", per_cell=12)
-    harmful = [p for p in asked if p.group == "unseen"]
-    goals = [{"goal": p.prompt, "target": "sure , first take"} for p in harmful]
-    pd.DataFrame(goals).to_csv(folder / "advbench.csv", index=False)
-    harmless = [p for p in asked if p.group == "harmless"]
-    safe = [
-        {
-            **{"id_v1": f"v1-{i}", "id_v2": f"v2-{i}", "type": "homonyms", "prompt": p.prompt},
-            **{"focus": "", "note": ""},
-        }
-        for i, p in enumerate(harmless)
-    ]
-    pd.DataFrame(safe).to_csv(folder / "xstest.csv", index=False)
-    skills = [p for p in asked if p.group == "utility"]
-    texts = [json.dumps({"text": f"{p.prompt} {p.reference}"}) for p in skills]
-    (folder / "texts.jsonl").write_text("\n".join(texts) + "\n")
-    # a blank before each choice: the tokenizer knows words only by the blanks around them
-    docs = [{"q": p.prompt, "choices": [f" {p.reference}", " na"], "gold": 0} for p in skills]
-    (folder / "docs.json").write_text("\n".join(map(json.dumps, docs)) + "\n")
-    (folder / "village.yaml").write_text(
-        f"""
-task: village
-dataset_path: json
-dataset_kwargs: {{ data_files: {{ test: {folder / "docs.json"} }} }}
-test_split: test
-output_type: multiple_choice
-doc_to_text: q
-doc_to_choice: choices
-doc_to_target: gold
-metric_list: [{{ metric: acc, aggregation: mean, higher_is_better: true }}]
-"""
-    )
-    return folder
-
-
-# sizes only; everything else is what the params file says
-SIZES = {
-    **{"threads": 1, "backbone.revision": None, "data.pairs": 12, "data.max_tokens": 64},
-    **{"derivation.lora.r": 2, "derivation.checkpoint_steps": 2},
-    **{"derivation.ascent.max_steps": 3, "derivation.ascent.batch_size": 4},
-    **{"derivation.ascent.warmup_steps": 1, "derivation.ascent.stop_mean_loss": 90},
-    **{"derivation.ascent.token_loss_clamp": 100, "derivation.ascent.learning_rate": 0.05},
-    **{"derivation.descent.max_steps": 3, "derivation.descent.batch_size": 4},
-    **{"derivation.descent.warmup_steps": 1, "derivation.descent.learning_rate": 0.05},
-    **{"importance.samples": 4, "importance.layers_per_pass": 2},
-    **{"evaluation.max_new_tokens": 6, "evaluation.prompts_per_cell": 4},
-    **{"judges.max_tokens": 32, "utility.limit": 4, "utility.perplexity_texts": 4},
-    "continual.stages": [[name] for name in CONTINUAL],
-}
 FULL = {"derivation.quantization": "none", "evaluation.quantization": "none"}
 CASES = {name: (name, {}) for name in MODELS}
 CASES["llama3-8b-instruct, full precision"] = ("llama3-8b-instruct", FULL)
@@ -200,16 +108,9 @@ CASES["llama3-8b-instruct, full precision"] = ("llama3-8b-instruct", FULL)
 
 def parameters(name, root, changes):
     data, judge = root / "data", root / "judge"
-    sources = {
-        "beavertails": {"reader": "beavertails", "path": str(data / "beavertails_train.jsonl")},
-        "beavertails_test": {"reader": "beavertails", "path": str(data / "beavertails_test.jsonl")},
-        "advbench": {"reader": "advbench", "path": str(data / "advbench.csv")},
-        "xstest": {"reader": "xstest", "path": str(data / "xstest.csv")},
-        "texts": {"reader": "own", "path": str(data / "texts.jsonl")},
-    }
     paths = {
         "backbone.source": str(root / name),
-        "data.sources": sources,
+        "data.sources": sources(data),
         "judges.classifier.model": str(judge),
         "utility.tasks": ["village"],
         "utility.include_path": str(data),

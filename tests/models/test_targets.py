@@ -1,0 +1,93 @@
+"""Which layers get a patch: by names, by rule, by a regular expression; and what is refused."""
+
+import families
+import pytest
+import tiny
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from spkit.errors import SpkitError
+from spkit.method.training import add_lora
+from spkit.models.weights import left_out, target_weights
+
+
+def empty(family):
+    with torch.device("meta"):
+        return families.model(family)
+
+
+def leaves(model, targets):
+    return {name.split(".")[-2] for name in target_weights(model, targets)}
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_auto_takes_attention_and_mlp_of_the_language_model(family):
+    model = empty(family)
+    found = target_weights(model, "auto")
+    assert leaves(model, "auto") == families.LANGUAGE.get(family, set(tiny.TARGETS))
+    assert leaves(model, "all-linear") == leaves(model, "auto")
+    assert not any("vision" in name or "lm_head" in name for name in found)
+    assert list(found) == [
+        f"{path}.weight" for path, m in model.named_modules() if m in found.values()
+    ]
+
+
+def test_routers_are_for_all_linear_and_experts_for_none():
+    model = tiny.model("llama")
+    for layer in model.model.layers:
+        layer.mlp.gate, layer.mlp.shared_expert_gate = nn.Linear(64, 4), nn.Linear(64, 1)
+        layer.mlp.experts = nn.ModuleList([nn.Linear(64, 64)])
+    usual = set(tiny.TARGETS)
+    assert leaves(model, "auto") == usual
+    assert leaves(model, "all-linear") == usual | {"gate", "shared_expert_gate"}
+    assert left_out(empty("mixtral")) == [
+        "The experts (model.layers.0.mlp.experts.gate_up_proj, ...) get no patch: they are "
+        "stacked tensors, not linear layers."
+    ]
+
+
+def test_a_regular_expression_matches_the_whole_path():
+    model = tiny.model("llama")
+    found = target_weights(model, r"model\.layers\.1\..*(q|up)_proj")
+    names = ["self_attn.q_proj", "mlp.up_proj"]
+    assert list(found) == [f"model.layers.1.{name}.weight" for name in names]
+
+
+def test_a_vision_tower_s_q_proj_is_left_alone():
+    model = families.model("gemma3")
+    for targets in (["q_proj"], r".*\.q_proj", "auto"):
+        lora = {"r": 2, "alpha": 4, "dropout": 0.0, "targets": targets}
+        wrapped = add_lora(model, type("Lora", (), lora), seed=0)
+        trained = [name for name, weight in wrapped.named_parameters() if weight.requires_grad]
+        assert trained and all(".language_model.layers." in name for name in trained)
+        assert list(target_weights(wrapped, targets)) == list(target_weights(model, targets))
+        model = wrapped.unload()
+
+
+@pytest.mark.parametrize(
+    "targets, said",
+    [
+        (
+            ["q_proj", "c_attn", "x"],
+            "'c_attn', 'x' are no linear layers of this model; it has q_pro",
+        ),
+        (["c_attn"], "'c_attn' is no linear layer of this model.*auto takes those"),
+        ("(", "is '\\(', which is no regular expression: missing \\)"),
+        ("q_proj", "matches no whole path of a linear layer.*'model.layers.0.self_attn.q_proj'"),
+        ("all_linear", "matches no whole path"),
+        (".*norm", "matches 'model.layers.0.input_layernorm', which is LlamaRMSNorm and gets no"),
+        (".*(q_proj|embed_tokens)", "matches 'model.embed_tokens', which is Embedding"),
+    ],
+)
+def test_what_hits_nothing_is_refused_with_what_there_is(targets, said):
+    with pytest.raises(SpkitError, match=said):
+        target_weights(empty("llama"), targets)
+
+
+def test_transposed_layers_are_named():
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9))
+    for targets in ("auto", "all-linear", ["c_attn"], ".*c_attn"):
+        with pytest.raises(SpkitError, match="Conv1D"):
+            target_weights(model, targets)
