@@ -23,8 +23,11 @@ from tqdm.auto import tqdm
 
 from spkit.config import Config
 from spkit.errors import SpkitError
+from spkit.evaluation.thoughts import opened_thought, unspoken
 from spkit.examples import EvalPrompt
-from spkit.models.chat import encode_prompt, special_ids, turn_end
+from spkit.models.chat import prompt_ids, special_ids, turn_end
+from spkit.models.lengths import check_lengths, context_of
+from spkit.models.prompt_checks import check_rendered
 from spkit.system import store as files
 from spkit.system.out_of_memory import explained
 
@@ -102,10 +105,13 @@ def generate(
 ) -> list[str]:
     """Greedy answers in the prompts' order, special tokens removed.
 
-    Prompts are sorted by length and batched. told: called with the number of tokens of each batch.
+    Prompts are sorted by length and batched. At the end of the model's context an answer is cut.
+    told: called with the number of tokens of each batch. SpkitError as in `check_prompts`, for
+    prompts that leave no room for any answer.
     """
     answers = [""] * len(prompts)
-    batches = _batches(tokenizer, prompts, batch_size)
+    encoded = check_prompts(tokenizer, prompts, 1)
+    batches = _batches(encoded, batch_size)
     for batch, tokens in _answered(model, tokenizer, batches, max_new_tokens, label):
         told(tokens)
         for i, answer in batch.items():
@@ -113,9 +119,22 @@ def generate(
     return answers
 
 
-def _batches(tokenizer, prompts: Sequence[str], batch_size: int) -> list[dict[int, list[int]]]:
+def check_prompts(
+    tokenizer, prompts: Sequence, max_new_tokens: int, names: Sequence[str] = ()
+) -> list[list[int]]:
+    """The prompts' token ids; it needs no model. names: of the prompts, for a message.
+
+    SpkitError where the first prompts are not found in what their ids say (prompt_checks.py), and
+    where one leaves no room in the model's context for an answer of `max_new_tokens`.
+    """
+    check_rendered(tokenizer, prompts)
+    encoded = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    check_lengths(encoded, context_of(tokenizer), max_new_tokens, names)
+    return encoded
+
+
+def _batches(encoded: Sequence[list[int]], batch_size: int) -> list[dict[int, list[int]]]:
     """{number of the prompt: its token ids} of each batch, short prompts first."""
-    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     by_length = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     starts = range(0, len(by_length), batch_size)
     return [{i: encoded[i] for i in by_length[start : start + batch_size]} for start in starts]
@@ -131,12 +150,17 @@ def _answered(
 ) -> Iterator[tuple[dict[int, str], int]]:
     """({number of the prompt: answer}, tokens generated) of each batch after the first `done`."""
     ends = end_tokens(model, tokenizer)
-    options = {"pad": tokenizer.pad_token_id, "ends": ends, "max_new_tokens": max_new_tokens}
+    options = {"pad": tokenizer.pad_token_id, "ends": ends}
+    context = context_of(tokenizer) or 2**30
+    skipped = unspoken(tokenizer)
     progress = {"desc": label, "unit": "batch", "initial": done, "total": len(batches)}
     quiet = len(batches) == 1  # a few questions need no bar
     for batch in tqdm(batches[done:], leave=False, disable=quiet, **progress):
-        output = continued(model, list(batch.values()), **options)
-        texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in output]
+        room = context - max(len(ids) for ids in batch.values())
+        at_most = min(max_new_tokens, room)
+        output = continued(model, list(batch.values()), max_new_tokens=at_most, **options)
+        spoken = [[i for i in ids if i not in skipped] for ids in output.tolist()]
+        texts = [tokenizer.decode(ids).strip() for ids in spoken]
         yield dict(zip(batch, texts, strict=True)), sum(_length(ids, ends) for ids in output)
 
 
@@ -161,9 +185,10 @@ def respond(
     store: a file that every finished batch is added to. A second call resumes after the last whole
     batch, with the batches that an uncut run forms, so that the responses are the same. A complete
     store is read, and then model and tokenizer may be None. It is begun anew where name, prompts,
-    decoding or `context` (what the model is made from; see stored.py) are others.
+    decoding or `context` (what the model is made from; see stored.py) are others. A response begins
+    with the mark of a thought where the chat template opens one for the model.
     `frame.attrs["generated_tokens"]` is how many tokens this call generated, 0 where all were read.
-    SpkitError if there are no prompts, or the store cannot be written.
+    SpkitError if there are no prompts, the store cannot be written, or as in `check_prompts`.
     """
     if not prompts:
         raise SpkitError("There are no evaluation prompts: their file or its filter is empty.")
@@ -177,18 +202,21 @@ def respond(
     answers = {row.get("row"): row.get("response") for row in kept}
     tokens_so_far = 0
     if set(answers) != set(range(len(prompts))):
-        batches = _batches(tokenizer, [p.prompt for p in prompts], batch_size)
+        names = [p.id for p in prompts]
+        encoded = check_prompts(tokenizer, [p.prompt for p in prompts], max_new_tokens, names)
+        batches = _batches(encoded, batch_size)
         kept = kept[: _whole([list(batch) for batch in batches], [row.get("row") for row in kept])]
         answers = {row["row"]: row["response"] for row in kept}
         done = sum(set(batch) <= set(answers) for batch in batches)
         if store is not None:
             files.begin(store, header, kept)
-        label = f"answers of {name}"
+        label, opened = f"answers of {name}", opened_thought(tokenizer)
         lower = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
         with explained(
             f"generating the {label}", {f"evaluation.{key}": value for key, value in lower.items()}
         ):
             for batch, tokens in _answered(model, tokenizer, batches, max_new_tokens, label, done):
+                batch = {i: opened + said for i, said in batch.items()}
                 answers |= batch
                 tokens_so_far += tokens
                 if store is not None:

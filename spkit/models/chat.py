@@ -29,10 +29,16 @@ def encode_prompt(tokenizer, prompt: str | Sequence[str]) -> list[int]:
     """Token ids of the user's turn, up to and including the opening of the assistant's turn.
 
     A sequence of texts is a conversation: user, assistant, ... up to the user's last turn.
+    SpkitError for one that is longer than the model's context.
     """
-    ids = _render(tokenizer, messages(tokenizer, prompt), add_generation_prompt=True)
+    ids = prompt_ids(tokenizer, prompt)
     check_context(tokenizer, len(ids), f"The prompt {_start(prompt)!r}")
     return ids
+
+
+def prompt_ids(tokenizer, prompt: str | Sequence[str]) -> list[int]:
+    """As `encode_prompt`, whatever its length."""
+    return _render(tokenizer, messages(tokenizer, prompt), add_generation_prompt=True)
 
 
 def _start(prompt: str | Sequence[str]) -> str:

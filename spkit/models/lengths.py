@@ -60,12 +60,11 @@ def check_lengths(
     limit: int | None,
     max_new_tokens: int,
     names: Sequence[str] = (),
-    key: str = "evaluation.max_new_tokens",
 ) -> None:
     """SpkitError naming the first prompt that leaves no room for an answer of `max_new_tokens`.
 
     encoded: token ids of each prompt. limit: `context_of(tokenizer)`. names: of the prompts, else
-    their numbers from 1 on. key: the parameter that sets `max_new_tokens`.
+    their numbers from 1 on.
     """
     if limit is None:
         return
@@ -73,6 +72,6 @@ def check_lengths(
         if len(ids) + max_new_tokens > limit:
             name = repr(names[number]) if names else f"number {number + 1}"
             raise SpkitError(
-                f"The prompt {name} takes {len(ids)} tokens, and the model reads {limit}, of which "
-                f"{max_new_tokens} are for the answer ({key}): lower that, or {SHORTEN}."
+                f"The prompt {name} takes {len(ids)} tokens, and the model reads {limit} together "
+                f"with an answer of {max_new_tokens}: {SHORTEN}, or lower max_new_tokens."
             )

@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from difflib import SequenceMatcher
 
 from spkit.errors import SpkitError
-from spkit.models.chat import encode_prompt, messages, special_ids
+from spkit.models.chat import messages, prompt_ids, special_ids
 from spkit.models.templates import rendered
 
 CHECKED = 8  # prompts: a wrong tokenizer is wrong on the first
 FOUND = 0.9  # share of a prompt's characters that a tokenizer without unknown words must give back
-KNOWN = 0.1  # the same over all prompts, where words may be unknown
 BLOCK = 3  # characters; shorter matches are chance
 
 
@@ -25,9 +24,9 @@ def check_rendered(tokenizer, prompts: Sequence[str | Sequence[str]]) -> None:
 
     prompts: texts, or conversations (the last turn is looked for); the first CHECKED are read.
     Case, accents, white space and Unicode's compatibility forms do not count. Words that the
-    tokenizer does not know may be missing, but not nearly all of all prompts.
+    tokenizer does not know may be missing, but not all words of all prompts.
     """
-    shares, worst = [], ("", "")
+    known = []
     for prompt in prompts[:CHECKED]:
         words = prompt if isinstance(prompt, str) else prompt[-1]
         said = _plain(words)
@@ -39,21 +38,17 @@ def check_rendered(tokenizer, prompts: Sequence[str | Sequence[str]]) -> None:
                 f"The chat template of {tokenizer.name_or_path!r} does not show the whole prompt "
                 f"{words[:60]!r}, but {shown[:200]!r}"
             )
-        ids = encode_prompt(tokenizer, prompt)
-        share = _share(tokenizer, said, ids)
-        if share < FOUND and tokenizer.unk_token_id not in ids:
-            raise _lost(tokenizer, words, tokenizer.decode(ids))
-        shares.append(share)
-        if share < KNOWN:
-            worst = (words, tokenizer.decode(ids))
-    if shares and sum(shares) / len(shares) < KNOWN:
-        raise _lost(tokenizer, *worst)
+        ids = prompt_ids(tokenizer, prompt)
+        if tokenizer.unk_token_id not in ids and _share(tokenizer, said, ids) < FOUND:
+            raise _lost(tokenizer, words, ids)
+        known.append(_unknown(tokenizer, words) < 1)
+    if known and not any(known):
+        raise _lost(tokenizer, words, ids)
 
 
 def _share(tokenizer, said: str, ids: Sequence[int]) -> float:
     """The share of a prompt's characters that its ids give back in their order; 1 is all."""
-    known = [i for i in ids if i != tokenizer.unk_token_id]
-    text = _plain(tokenizer.decode(known))
+    text = _plain(_text(tokenizer, ids))
     if not said or said in text:
         return 1.0
     matcher = SequenceMatcher(None, said, text, autojunk=False)
@@ -61,7 +56,12 @@ def _share(tokenizer, said: str, ids: Sequence[int]) -> float:
     return sum(size for size in blocks if size >= min(BLOCK, len(said))) / len(said)
 
 
-def _lost(tokenizer, words: str, text: str) -> SpkitError:
+def _text(tokenizer, ids: Sequence[int]) -> str:
+    return tokenizer.convert_tokens_to_string(tokenizer.convert_ids_to_tokens(ids))
+
+
+def _lost(tokenizer, words: str, ids: Sequence[int]) -> SpkitError:
+    text = _text(tokenizer, ids)
     return SpkitError(
         f"The prompt {words[:60]!r} is not found in what its token ids decode to, "
         f"{text[:200]!r}: the tokenizer of {tokenizer.name_or_path!r} lacks files, or belongs to "

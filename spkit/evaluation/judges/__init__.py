@@ -26,6 +26,7 @@ from spkit.evaluation.judges.judge import Judge
 from spkit.evaluation.judges.keywords import KeywordJudge
 from spkit.evaluation.judges.refusal import RefusalJudge
 from spkit.evaluation.judges.sandbox import SandboxJudge, judge_for
+from spkit.evaluation.thoughts import without_thoughts
 from spkit.examples import EvalPrompt
 from spkit.system.out_of_memory import empty_cache
 
@@ -69,7 +70,7 @@ def load_judge(name: str, config: Config) -> Judge:
     if name == "keywords":
         return KeywordJudge(judges.keywords)
     if name == "refusal":
-        return RefusalJudge()
+        return RefusalJudge(thoughts=judges.thought_marks is not None)
     if name == "classifier":
         return ClassifierJudge(judges, device)
     if name == "generative":
@@ -83,14 +84,16 @@ def judged(responses: pd.DataFrame, prompts: Sequence[EvalPrompt], config: Confi
     responses: columns id and response, and any others, of any number of models; verdicts that it
     already has are replaced. prompts: those that were asked, known by their ids. A further judge's
     column is "" for the objectives it was not named for. One model is in memory at a time, on
-    config.backbone.device. SpkitError as in `check_judges`, and for an id that is not in `prompts`.
+    config.backbone.device. All judges see only what is outside the thoughts that
+    `judges.thought_marks` mark; where nothing is, all say "unfinished". SpkitError as in
+    `check_judges`, and for an id that is not in `prompts`.
     """
     check_judges(config)
     lists = judges_of(config.judges)
     kept = [name for name in responses if name != DECIDING and not name.startswith("verdict (")]
     frame = responses[kept].copy()
     asked = _asked(frame, prompts)
-    texts = [text if isinstance(text, str) else "" for text in frame["response"]]  # CSV: "" is NaN
+    texts = [_answer(text, config.judges.thought_marks) for text in frame["response"]]
     first, further = [""] * len(frame), {}
     for name in dict.fromkeys(name for names in lists.values() for name in names):
         rows = [i for i, prompt in enumerate(asked) if name in lists[prompt.objective]]
@@ -105,6 +108,14 @@ def judged(responses: pd.DataFrame, prompts: Sequence[EvalPrompt], config: Confi
     for name, verdicts in further.items():
         frame[f"{DECIDING} ({name})"] = verdicts
     return frame
+
+
+def _answer(response, marks: tuple[str, str] | None) -> str | None:
+    """What is judged of a response; None where it never gets out of a thought."""
+    if not isinstance(response, str):  # in a CSV file "" is NaN
+        return ""
+    said = response if marks is None else without_thoughts(response, marks)
+    return said if said is None or said == response else said.strip()
 
 
 def _asked(frame: pd.DataFrame, prompts: Sequence[EvalPrompt]) -> list[EvalPrompt]:
@@ -125,13 +136,20 @@ def _verdicts(
     name: str,
     config: Config,
     asked: Sequence[EvalPrompt],
-    texts: Sequence[str],
+    texts: Sequence[str | None],
     rows: Sequence[int],
 ) -> list[str]:
-    """What one judge says of the given rows; its model is gone when this returns."""
+    """What one judge says of the given rows; its model is gone when this returns.
+
+    It is not asked about a text that is None, an unfinished thought.
+    """
+    given = {i: texts[i] for i in rows if texts[i] is not None}
+    if not given:
+        return ["unfinished"] * len(rows)
     judge = load_judge(name, config)
     try:
-        verdicts = judge.verdicts([asked[i] for i in rows], [texts[i] for i in rows])
+        said = judge.verdicts([asked[i] for i in given], list(given.values()))
+        verdicts = [dict(zip(given, said, strict=True)).get(i, "unfinished") for i in rows]
     finally:
         del judge
         gc.collect()

@@ -145,7 +145,8 @@ def graded(answers: pd.DataFrame, config: Config) -> pd.DataFrame:
         device=config.backbone.device,
         quantization=config.evaluation.quantization,
     )
-    return mt_bench_scores(judge, tokenizer, answers, batch_size=config.utility.batch_size)
+    options = {"batch_size": config.utility.batch_size, "marks": config.judges.thought_marks}
+    return mt_bench_scores(judge, tokenizer, answers, **options)
 
 
 def rating_rows(answers: pd.DataFrame) -> pd.DataFrame:

@@ -11,6 +11,7 @@ This file loads no models.
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ from spkit.data.readers.rows import text as text_of
 from spkit.data.readers.source import load_rows
 from spkit.errors import SpkitError
 from spkit.evaluation.answers import counted, generate
+from spkit.evaluation.thoughts import opened_thought, without_thoughts
+from spkit.models.chat import prompt_ids
+from spkit.models.lengths import context_of
 from spkit.system import store as files
 from spkit.system.pypi import is_pypi
 
@@ -93,11 +97,13 @@ def mt_bench_answers(
         files.begin(store, header, [])
     said, tokens = [row["answers"] for row in kept], []
     for turn in range(len(said), 2):
+        opened = opened_thought(tokenizer)  # so that a thought that is cut can be told
         prompts = [
             (*_before(q, [a[i] for a in said]), q.turns[turn]) for i, q in enumerate(questions)
         ]
         label = f"MT-Bench, turn {turn + 1}"
-        said.append(generate(model, tokenizer, prompts, label=label, told=tokens.append, **options))
+        found = generate(model, tokenizer, prompts, label=label, told=tokens.append, **options)
+        said.append([opened + answer for answer in found])
         if store is not None:
             files.append(store, [{"turn": turn + 1, "answers": said[turn]}])
     table = [
@@ -121,23 +127,44 @@ def mt_bench_scores(
     *,
     batch_size: int = 8,
     max_new_tokens: int = 256,
+    marks: tuple[str, str] | None = None,
 ) -> pd.DataFrame:
     """`answers` (of one model or, with a column "model", of several) with a judge's grades.
 
     Two more columns: judgement (the judge's words) and rating (1 to 10; NaN where they hold none).
     Every answer is graded alone, after the conversation before it, with our own INSTRUCTION: the
     ratings cannot be compared with the GPT-4 scores of the MT-Bench paper or of SafePatching's.
+    marks: of thoughts, which are neither shown to the judge nor read from it; None: all is. A
+    conversation that is longer than the judge's context is not graded, with a warning.
     """
-    prompts = [_grading(turns) for turns in _conversations(answers)]
-    judgements = generate(
-        judge_model,
-        judge_tokenizer,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        label="MT-Bench, judge",
-    )
-    return answers.assign(judgement=judgements, rating=[rating(text) for text in judgements])
+    prompts = [_grading(turns) for turns in _conversations(answers, marks)]
+    fit = [i for i, prompt in enumerate(prompts) if _fits(judge_tokenizer, prompt)]
+    judgements = [""] * len(prompts)
+    if len(fit) < len(prompts):
+        warnings.warn(
+            f"MT-Bench: {len(prompts) - len(fit)} of {len(prompts)} answers are not graded: their "
+            f"conversations are longer than the {context_of(judge_tokenizer)} tokens that the "
+            "judge reads",
+            stacklevel=2,
+        )
+    options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    if fit:
+        asked = [prompts[i] for i in fit]
+        said = generate(judge_model, judge_tokenizer, asked, label="MT-Bench, judge", **options)
+        for i, text in zip(fit, said, strict=True):
+            judgements[i] = text
+    heard = [_heard(text, marks) for text in judgements]
+    return answers.assign(judgement=judgements, rating=[rating(text) for text in heard])
+
+
+def _fits(tokenizer, prompt: str) -> bool:
+    limit = context_of(tokenizer)
+    return limit is None or len(prompt_ids(tokenizer, prompt)) < limit
+
+
+def _heard(text: str, marks: tuple[str, str] | None) -> str:
+    """What is outside the thoughts; "" where nothing is."""
+    return text if marks is None else (without_thoughts(text, marks) or "").strip()
 
 
 def rating(judgement: str) -> float:
@@ -147,8 +174,8 @@ def rating(judgement: str) -> float:
     return value if 1 <= value <= 10 else float("nan")
 
 
-def _conversations(answers: pd.DataFrame) -> list[list[str]]:
-    """For each row: user, assistant, ... up to and with its answer."""
+def _conversations(answers: pd.DataFrame, marks: tuple[str, str] | None) -> list[list[str]]:
+    """For each row: user, assistant, ... up to and with its answer, without thoughts."""
     keys = [key for key in ("model", "question_id") if key in answers]
     said: dict[tuple, list[str]] = {}
     conversations = []
@@ -160,7 +187,7 @@ def _conversations(answers: pd.DataFrame) -> list[list[str]]:
                 f"Turn {row['turn']} of question {row['question_id']!r} does not follow the turn "
                 "before it; the answers must be in the order in which they were given."
             )
-        before += [row["question"], row["answer"]]
+        before += [row["question"], _heard(row["answer"], marks)]
         conversations.append(list(before))
     return conversations
 
