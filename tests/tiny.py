@@ -7,7 +7,7 @@ way into the kit as a real checkpoint does. Nothing here is trained.
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     GemmaConfig,
     GemmaForCausalLM,
@@ -49,6 +49,21 @@ def tokenizer(chat_template: str | None = TEMPLATE, extra: int = 0) -> PreTraine
         eos_token="</s>",
         chat_template=chat_template,
     )
+
+
+def byte_tokenizer(chat_template: str | None, special: tuple = (), plain: tuple = ()):
+    """A token for every byte; bos is <s>, eos </s>. special, plain: further tokens of either kind.
+
+    It is the form of most real tokenizers: no word is unknown.
+    """
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(["<pad>", "<s>", "</s>", *special])
+    core.add_tokens(list(plain))
+    named = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=core, chat_template=chat_template, **named)
 
 
 def model(

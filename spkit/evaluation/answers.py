@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from spkit.config import Config
 from spkit.errors import SpkitError
-from spkit.evaluation.thoughts import opened_thought, unspoken
+from spkit.evaluation.thoughts import as_answer, opened_thought
 from spkit.examples import EvalPrompt
 from spkit.models.chat import prompt_ids, special_ids, turn_end
 from spkit.models.lengths import check_lengths, context_of
@@ -152,16 +152,17 @@ def _answered(
     ends = end_tokens(model, tokenizer)
     options = {"pad": tokenizer.pad_token_id, "ends": ends}
     context = context_of(tokenizer) or 2**30
-    skipped = unspoken(tokenizer)
+    text = as_answer(tokenizer)
     progress = {"desc": label, "unit": "batch", "initial": done, "total": len(batches)}
     quiet = len(batches) == 1  # a few questions need no bar
     for batch in tqdm(batches[done:], leave=False, disable=quiet, **progress):
         room = context - max(len(ids) for ids in batch.values())
         at_most = min(max_new_tokens, room)
         output = continued(model, list(batch.values()), max_new_tokens=at_most, **options)
-        spoken = [[i for i in ids if i not in skipped] for ids in output.tolist()]
-        texts = [tokenizer.decode(ids).strip() for ids in spoken]
-        yield dict(zip(batch, texts, strict=True)), sum(_length(ids, ends) for ids in output)
+        yield (
+            dict(zip(batch, map(text, output), strict=True)),
+            sum(_length(i, ends) for i in output),
+        )
 
 
 def _length(ids: torch.Tensor, ends: Sequence[int]) -> int:

@@ -5,15 +5,12 @@ text: an answer may well explain what <think> means.
 """
 
 import re
+from collections.abc import Callable, Sequence
 from functools import cache
 
 from spkit.models.chat import special_ids
-from spkit.models.templates import messages, rendered
+from spkit.models.templates import CLOSED, OPENED, messages, opening_at_end, rendered
 
-NAMES = r"(?:think|thinking|thoughts?|reasoning|reflection|scratchpad)"
-# published spellings, each with its bracket: <think>, [Thinking], <|begin_of_thought|>
-OPENED = rf"(?:<{NAMES}>|\[{NAMES}\]|<\|begin_of_{NAMES}\|>)"
-CLOSED = rf"(?:</{NAMES}>|\[/{NAMES}\]|<\|end_of_{NAMES}\|>)"
 FENCED = re.compile(r"^ *(```|~~~).*?^ *\1", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"(?<!`)(`{1,2})(?!`)[^\n]*?(?<!`)\1(?!`)")
 FOLDED = re.DOTALL | re.IGNORECASE
@@ -73,14 +70,17 @@ def opened_thought(tokenizer) -> str:
     """The opening mark that the chat template writes for the model (DeepSeek-R1), with the blanks
     after it; else "". An answer is stored with it, so that what is cut in its thought is seen."""
     turns = messages(tokenizer, "x")
-    text = rendered(tokenizer, turns, tokenize=False, add_generation_prompt=True)
-    found = re.search(rf"{OPENED}\s*$", text, re.IGNORECASE)
-    return "" if found is None else found[0]
+    return opening_at_end(rendered(tokenizer, turns, tokenize=False, add_generation_prompt=True))
 
 
-def unspoken(tokenizer) -> set[int]:
-    """The special tokens that an answer is shown without: all but those that mark a thought."""
+def as_answer(tokenizer) -> Callable[[Sequence[int]], str]:
+    """How token ids become an answer's text: without special tokens, but for marks of thoughts.
+
+    In some vocabularies (Magistral's) these are special; a thought would pass for an answer.
+    """
     mark = re.compile(f"{OPENED}|{CLOSED}", re.IGNORECASE)
     special = special_ids(tokenizer)
-    words = {i: tokenizer.convert_ids_to_tokens(i) for i in special}
-    return {i for i in special if not mark.fullmatch(words[i] or "")}
+    skipped = {i for i in special if not mark.fullmatch(tokenizer.convert_ids_to_tokens(i) or "")}
+    if skipped == special:
+        return lambda ids: tokenizer.decode(ids, skip_special_tokens=True).strip()
+    return lambda ids: tokenizer.decode([i for i in ids if int(i) not in skipped]).strip()

@@ -18,7 +18,14 @@ import torch.nn.functional as F
 
 from spkit.errors import SpkitError
 from spkit.models.lengths import check_context
-from spkit.models.templates import ASKED, messages, rendered, template_error, template_of
+from spkit.models.templates import (
+    ASKED,
+    messages,
+    opening_at_end,
+    rendered,
+    template_error,
+    template_of,
+)
 from spkit.models.templates import has_system_role as has_system_role
 
 IGNORE = -100  # torch's cross_entropy leaves such labels out
@@ -67,9 +74,7 @@ def encode_pair(
         raise SpkitError(f"loss_on is {loss_on!r}; allowed are {', '.join(LOSS_ON)}.")
     if not response.strip():
         raise SpkitError(f"The response to {prompt[:60]!r} is empty; a pair needs both texts.")
-    question = encode_prompt(tokenizer, prompt)
-    opening, answer = _encode_answer(tokenizer, prompt, response, question)
-    question = question + opening
+    question, answer = _encode_answer(tokenizer, prompt, response)
     if not ends:
         answer = _without_end(tokenizer, answer)
     if max_tokens is not None and len(question) + len(answer) > max_tokens:
@@ -226,25 +231,23 @@ def _up_to_special(ids: list[int], special: set[int]) -> list[int]:
     return ids[: last + 1]
 
 
-def _encode_answer(
-    tokenizer, prompt: str, response: str, question: list[int]
-) -> tuple[list[int], list[int]]:
-    """(ids of what the template writes first, ids of the response and of the end of its turn).
-
-    The first part is empty where the generation prompt has written all of it already.
-    """
+def _encode_answer(tokenizer, prompt: str, response: str) -> tuple[list[int], list[int]]:
+    """(ids of all that stands before the response, ids of the response and of its turn's end)."""
+    question, special = encode_prompt(tokenizer, prompt), special_ids(tokenizer)
     turns = [*messages(tokenizer, prompt), {"role": "assistant", "content": response}]
     whole = _render(tokenizer, turns, add_generation_prompt=False)
-    opening, said = _written(tokenizer, turns)
+    opening, said, before = _written(tokenizer, turns)
+    if before is not None:
+        question = _as_text(tokenizer, before)
     if not opening and whole[: len(question)] == question:
-        special, rest = special_ids(tokenizer), whole[len(question) :]
+        rest = whole[len(question) :]
         answer = _up_to_special(rest, special)
         if answer and not tokenizer.decode(rest[len(answer) :]).strip():
-            return [], answer
+            return question, answer
     # the template does not continue its own generation prompt (a line end that begins the response
     # may melt into it), or does not close the turn
     end = turn_end(tokenizer) or [tokenizer.eos_token_id]
-    return _as_text(tokenizer, opening), _as_text(tokenizer, said, spelt=True) + end
+    return question + _as_text(tokenizer, opening), _as_text(tokenizer, said, spelt=True) + end
 
 
 def _without_end(tokenizer, answer: list[int]) -> list[int]:
@@ -258,19 +261,25 @@ def _without_end(tokenizer, answer: list[int]) -> list[int]:
     return answer[:last] or answer
 
 
-def _written(tokenizer, turns: list[dict[str, str]]) -> tuple[str, str]:
+def _written(tokenizer, turns: list[dict[str, str]]) -> tuple[str, str, str | None]:
     """(what the template writes between its generation prompt and the response, the response as it
-    writes it: some templates strip it).
+    writes it: some templates strip it, all that stands before the response or None).
 
-    The first is "" where it is blank, and where the generation prompt is not continued.
+    The first is "" where it is blank, and where the generation prompt is not continued. The third
+    is for a generation prompt that opens a thought (DeepSeek-R1), which a turn in a conversation
+    does not have: a response is no thought, so it is encoded as such a turn.
     """
     response, marked = turns[-1]["content"], {"role": "assistant", "content": f"\t{ASKED}\t"}
     prompt = rendered(tokenizer, turns[:-1], tokenize=False, add_generation_prompt=True)
     whole = rendered(tokenizer, [*turns[:-1], marked], tokenize=False)
     before = whole.partition(ASKED)[0]
-    opening = before[len(prompt) :] if before.startswith(prompt) else ""
     said = response if marked["content"] in whole else response.strip()
-    return (opening.removesuffix("\t") if opening.strip() else ""), said
+    if before.startswith(prompt):
+        opening = before[len(prompt) :]
+        return (opening.removesuffix("\t") if opening.strip() else ""), said, None
+    before = before.removesuffix("\t")
+    opens = prompt.startswith(before) and opening_at_end(prompt[len(before) :])
+    return "", said, before if opens else None
 
 
 def _as_text(tokenizer, text: str, spelt: bool = False) -> list[int]:

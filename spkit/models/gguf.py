@@ -40,7 +40,7 @@ def checkpoint_of(backbone: BackboneConfig) -> str | Path:
     file = gguf_file(backbone)
     folder = cache_folder() / "checkpoints" / f"{_sha256(backbone, file)[:16]}-{RECIPE}"
     if not folder.is_dir():
-        _convert(file, folder, backbone.source)
+        _convert(file, folder, backbone)
     return folder
 
 
@@ -94,8 +94,9 @@ def _hash_of(file: Path, _changed: int, _size: int) -> str:
 # ---- from one to the other -----------------------------------------------------------------------
 
 
-def _convert(file: Path, folder: Path, name: str) -> None:
-    """Write the checkpoint of a GGUF file, whole or not at all. name: of it, for messages."""
+def _convert(file: Path, folder: Path, backbone: BackboneConfig) -> None:
+    """Write the checkpoint of a GGUF file, whole or not at all."""
+    name = backbone.source
     with needs("A GGUF backbone", "notebooks"):
         from gguf import GGUFReader
 
@@ -105,13 +106,13 @@ def _convert(file: Path, folder: Path, name: str) -> None:
     print(
         f"Unpacking {name}, {weights / 1e6:.0f} million weights, once, into the cache", flush=True
     )
-    tokenizer, model = _read(file, name)
+    tokenizer, model = _read(file, name, needs_template=backbone.chat_template is None)
     with once(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
 
 
-def _read(file: Path, name: str):
+def _read(file: Path, name: str, needs_template: bool):
     """(tokenizer, float32 model) as transformers reads them; the tokenizer first, as it is fast."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -119,7 +120,7 @@ def _read(file: Path, name: str):
     place = {"gguf_file": file.name, "trust_remote_code": False}
     with _one_sentence(name):
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **place)
-    if tokenizer.chat_template is None:
+    if needs_template and tokenizer.chat_template is None:
         raise SpkitError(
             f"{KEY} is {name!r}, which has no chat template; use an instruction-tuned model"
         )

@@ -7,6 +7,8 @@ tokenizer is loaded, so that a bad one is told then and not at the first answer.
 
 import hashlib
 import inspect
+import json
+import re
 import traceback
 import warnings
 from collections.abc import Mapping, Sequence
@@ -19,9 +21,15 @@ from jinja2.ext import Extension
 from jinja2.meta import find_undeclared_variables
 
 from spkit.errors import SpkitError, first_line
+from spkit.system.files import atomic
 
 ARGUMENTS = "chat_template_arguments"  # the tokenizer's attribute
+BROUGHT = "chat_template_is_brought"  # another: whether it is not the checkpoint's
 ASKED, ANSWERED = "spkit asks where this is shown", "spkit also asks where this is said"
+# published marks of thoughts, each with its bracket: <think>, [Thinking], <|begin_of_thought|>
+NAMES = r"(?:think|thinking|thoughts?|reasoning|reflection|scratchpad)"
+OPENED = rf"(?:<{NAMES}>|\[{NAMES}\]|<\|begin_of_{NAMES}\|>)"
+CLOSED = rf"(?:</{NAMES}>|\[/{NAMES}\]|<\|end_of_{NAMES}\|>)"
 JINJA_FILE = "chat_template.jinja"  # what transformers calls it, beside the tokenizer's files
 
 
@@ -71,6 +79,12 @@ def has_system_role(tokenizer) -> bool:
     return ASKED in shown
 
 
+def opening_at_end(prompt: str) -> str:
+    """The mark of a thought, with the blanks after it, that a rendered prompt ends with; or ""."""
+    found = re.search(rf"{OPENED}\s*$", prompt, re.IGNORECASE)
+    return "" if found is None else found[0]
+
+
 # ---- a template of one's own ---------------------------------------------------------------------
 
 
@@ -82,7 +96,8 @@ def set_template(tokenizer, template: str | None, arguments: Mapping[str, Any] |
     """
     if template is not None:
         tokenizer.chat_template = template_text(template)
-    arguments = dict(arguments or {})
+    setattr(tokenizer, BROUGHT, template is not None)
+    arguments = json.loads(json.dumps(dict(arguments or {}), default=str))  # a date is a text
     for name in arguments:
         if name in _reserved(tokenizer):
             raise SpkitError(
@@ -233,9 +248,9 @@ def _source(tokenizer) -> str:
 
 
 def template_record(tokenizer) -> dict[str, Any]:
-    """{"sha256" of the template's text, "arguments", "system_prompt", "example"}.
+    """{"sha256" of the template's text, "arguments", "system_prompt", "example"}, for JSON.
 
-    example: a prompt rendered as a text, with a placeholder for the user's words.
+    example: a prompt rendered as a text, with "{prompt}" for the user's words.
     """
     turns = messages(tokenizer, "{prompt}")
     return {
@@ -244,3 +259,21 @@ def template_record(tokenizer) -> dict[str, Any]:
         "system_prompt": getattr(tokenizer, "system_prompt", None),
         "example": rendered(tokenizer, turns, tokenize=False, add_generation_prompt=True),
     }
+
+
+def write_template(tokenizer, folder: str | Path) -> None:
+    """Give a checkpoint's folder the template that its answers were measured with.
+
+    Nothing is written where that is the checkpoint's own, without arguments. The arguments become
+    defaults at the template's beginning, so whoever renders it gets the same prompts.
+    """
+    if not getattr(tokenizer, BROUGHT, False) and not arguments_of(tokenizer):
+        return
+    known = _variables(template_of(tokenizer))
+    defaults = [
+        f"{{%- set {name} = {name} if {name} is defined else {value!r} %}}"
+        for name, value in arguments_of(tokenizer).items()
+        if name in known
+    ]
+    with atomic(Path(folder) / JINJA_FILE) as path:
+        path.write_text("".join(defaults) + template_of(tokenizer), encoding="utf-8")

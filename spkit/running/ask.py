@@ -1,6 +1,7 @@
 """Questions to a model, one at a time, answered greedily: a checkpoint's, or the sandbox's."""
 
 from pathlib import Path
+from typing import Any
 
 from spkit.evaluation.answers import continued, end_tokens
 from spkit.models.chat import encode_prompt
@@ -12,6 +13,7 @@ from spkit.sandbox.backbone import SHIPPED
 class Asked:
     """A loaded model. source: a checkpoint folder, a hub id, or "sandbox": the shipped backbone.
 
+    prompts: system_prompt, chat_template and chat_template_arguments, as loading.load takes them.
     SpkitError where it cannot be loaded.
     """
 
@@ -20,11 +22,11 @@ class Asked:
         source: str | Path,
         max_new_tokens: int = 128,
         *,
-        system_prompt: str | None = None,
         quantization: str = "none",
+        **prompts: Any,
     ):
         own = str(source) == "sandbox" and not Path(source).is_dir()
-        how = {"dtype": "auto", "quantization": quantization, "system_prompt": system_prompt}
+        how = {"dtype": "auto", "quantization": quantization, **prompts}
         without_loading_bars()
         self.model, self.tokenizer = load(SHIPPED if own else source, **how)
         self.max_new_tokens = max_new_tokens

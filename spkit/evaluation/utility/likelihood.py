@@ -18,6 +18,7 @@ from spkit.data.readers.source import load_rows, resolve
 from spkit.errors import SpkitError
 from spkit.examples import sample
 from spkit.models.chat import answer_loss, collate, encode_pair
+from spkit.models.lengths import context_of
 from spkit.sandbox import world
 
 MAX_TOKENS = 512  # a longer text is cut
@@ -36,9 +37,10 @@ def perplexity(
 
     A text is scored from its first token on, after the tokenizer's bos token, which itself is not
     scored; without a bos token, from its second on. A pair (prompt, answer) is scored on the
-    answer and the end of its turn alone, in the chat format. Cut at MAX_TOKENS tokens in all.
-    Losses are fp32, their sum is fp64; padding is on the right and masked, so that batches do not
-    matter but for rounding. SpkitError if no token is left to score.
+    answer and the end of its turn alone, in the chat format. Cut at MAX_TOKENS tokens in all, a
+    text also at the model's context. Losses are fp32, their sum is fp64; padding is on the right
+    and masked, so that batches do not matter but for rounding. SpkitError if no token is left to
+    score.
     """
     encoded = [_encode(tokenizer, text) for text in texts]
     by_length = sorted(range(len(encoded)), key=lambda i: len(encoded[i][0]))
@@ -69,7 +71,8 @@ def _encode(tokenizer, text: str | tuple[str, str]) -> tuple[list[int], list[int
         return ids[:MAX_TOKENS], labels[:MAX_TOKENS]
     bos = tokenizer.bos_token_id
     start = [] if bos is None else [bos]
-    ids = (start + tokenizer.encode(text, add_special_tokens=False))[:MAX_TOKENS]
+    longest = min(MAX_TOKENS, context_of(tokenizer) or MAX_TOKENS)
+    ids = (start + tokenizer.encode(text, add_special_tokens=False))[:longest]
     return ids, ids  # answer_loss predicts from the second on: bos is never scored
 
 

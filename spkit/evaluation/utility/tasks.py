@@ -26,8 +26,8 @@ import torch
 from spkit.config import UtilityConfig
 from spkit.errors import SpkitError
 from spkit.evaluation.utility.task_files import write_task_files
-from spkit.models.chat import has_system_role
 from spkit.models.devices import devices_of
+from spkit.models.templates import arguments_of, has_system_role
 from spkit.validation import nearest
 
 MISSING = "utility.tasks needs lm-eval, which is not installed: pip install 'spkit[eval]'"
@@ -152,7 +152,11 @@ def _harness(model, tokenizer, batch_size: int):
             return super().apply_chat_template(chat_history, add_generation_prompt)
 
     return Harness(
-        pretrained=model, tokenizer=tokenizer, batch_size=batch_size, trust_remote_code=False
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=batch_size,
+        chat_template_args=arguments_of(tokenizer),
+        trust_remote_code=False,
     )
 
 
