@@ -159,10 +159,8 @@ def _answered(
         room = context - max(len(ids) for ids in batch.values())
         at_most = min(max_new_tokens, room)
         output = continued(model, list(batch.values()), max_new_tokens=at_most, **options)
-        yield (
-            dict(zip(batch, map(text, output), strict=True)),
-            sum(_length(i, ends) for i in output),
-        )
+        answers = dict(zip(batch, map(text, output), strict=True))
+        yield answers, sum(_length(ids, ends) for ids in output)
 
 
 def _length(ids: torch.Tensor, ends: Sequence[int]) -> int:

@@ -152,7 +152,7 @@ def layers_per_pass(
         return config.layers_per_pass
     layers = target_weights(model, targets).values()
     weights = sum(layer.in_features * layer.out_features for layer in layers)
-    free = min(map(free_memory, devices_of(model)))  # a window's layers mostly lie on one of them
+    free = min(map(free_memory, devices_of(model)), default=0)  # a window lies on one, mostly
     return layers_that_fit(free, weights, len(decoder_layers(model)), patches)
 
 

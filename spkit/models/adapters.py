@@ -148,7 +148,10 @@ def described(key: str, about: Mapping[str, Any], source: str) -> str:
         f"{', '.join(about['targets'])}) is taken as it is, nothing is trained"
     )
     base = about["base_model"]
-    if base is None or base.rpartition("/")[2].lower() == Path(source).name.lower():
+    if (
+        base is None
+        or base.rpartition("/")[2].lower() == _public(source).rpartition("/")[2].lower()
+    ):
         return line
     return (
         f"{line}\n{key}: it was trained on {base}, and the backbone is {_public(source)}; "
@@ -162,7 +165,8 @@ def described(key: str, about: Mapping[str, Any], source: str) -> str:
 def _config(folder: Path) -> dict[str, Any]:
     """adapter_config.json, once nothing in it makes another change than scale * B @ A."""
     if not folder.is_dir():
-        raise SpkitError(f"There is no folder {str(folder)!r}; an adapter is one with {CONFIG}.")
+        hub = ", and one of the hub is downloaded first" if is_hub_id(str(folder)) else ""
+        raise SpkitError(f"There is no folder {str(folder)!r}; an adapter has {CONFIG} in it{hub}.")
     if not (folder / CONFIG).is_file():
         whole = (folder / "config.json").is_file()
         what = "it is a whole checkpoint, not an adapter" if whole else "it is no PEFT adapter"
@@ -207,9 +211,10 @@ def _number(folder: Path, config: Mapping, key: str, pattern: str, module: str) 
         value = patterns.get(get_pattern_key(list(patterns), module), config.get(key))
     except re.error as error:
         raise SpkitError(f"{folder / CONFIG} has a {pattern} that is no regex: {error}") from None
-    whole = isinstance(value, int) or (isinstance(value, float) and key == "lora_alpha")
-    if isinstance(value, bool) or not whole or not math.isfinite(value) or value <= 0:
-        raise SpkitError(f"{folder / CONFIG} has {key} {value!r}, must be a number above 0.")
+    if key == "r" and not (type(value) is int and value > 0):
+        raise SpkitError(f"{folder / CONFIG} has r {value!r}, must be a whole number above 0.")
+    if type(value) not in (int, float) or not math.isfinite(value) or value == 0:
+        raise SpkitError(f"{folder / CONFIG} has {key} {value!r}, must be a number other than 0.")
     return value
 
 
@@ -328,5 +333,6 @@ def last_names(tensors: Iterable[str]) -> list[str]:
 
 def _public(source: str) -> str:
     """A hub id as it is; of a path the last part alone."""
-    path = Path(source)
-    return source if is_hub_id(source) and not path.exists() else path.name
+    if is_hub_id(source) and not Path(source).exists():
+        return source
+    return re.split(r"[\\/]", source.rstrip("\\/"))[-1]  # written on Windows, too

@@ -516,6 +516,24 @@ def test_what_comes_after_a_stage_keeps_it_and_what_it_is_made_of_does_not(base,
     assert generated(read) == 0 and generated(whole[1]) > 0
 
 
+def test_an_adapter_of_ones_own_is_not_used_and_it_says_so(monkeypatch, capsys):
+    """It is of all of D_h, and every stage derives from its own pairs."""
+    seen = []
+
+    class Stages:
+        def __init__(self, source, config, *_):
+            seen.append(config)
+
+        def run(self, method):
+            yield pd.DataFrame({"stage": [1]})
+
+    monkeypatch.setattr(continual, "Stages", Stages)
+    run("no model", "no folder", settings(**{"derivation.se": "one", "derivation.osm": "another"}))
+    assert "derivation.se and derivation.osm: not used here, every stage" in capsys.readouterr().out
+    run("no model", "no folder")
+    assert capsys.readouterr().out == "" and seen == [settings(), settings()]
+
+
 def test_another_identity_is_computed_anew(base, whole, tmp_path, capsys):
     copy_of(whole, tmp_path)
     (tmp_path / "ga" / "stage-1" / "responses.csv").write_text("foreign")

@@ -62,6 +62,10 @@ def test_on_the_gpu_it_says_how_much_and_what_to_lower():
             RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes."),
             "the host (not the GPU) {} (0.00 GiB asked)",
         ),
+        (
+            RuntimeError("MPS backend out of memory (MPS allocated: 9.00 GiB)"),
+            "the GPU {}",
+        ),
         (MemoryError(), "the host (not the GPU) {}"),
         (
             MemoryError("Unable to allocate 8.00 TiB for an array with shape (1,)"),
@@ -74,6 +78,13 @@ def test_on_the_gpu_it_says_how_much_and_what_to_lower():
 def test_every_kind_of_too_little_memory(error, beginning):
     expected = beginning.format("ran out of memory while deriving the SE patch")
     assert sentence(error).startswith(f"{expected}: ")
+
+
+def test_of_several_gpus_it_says_which(monkeypatch):
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB. GPU 1 has ...")
+    assert sentence(error).startswith("the GPU ran out of memory")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert sentence(error).startswith("the GPU cuda:1 ran out of memory")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,32 @@
+"""What the manifest of a run's patch file tells of where the patches came from."""
+
+import json
+from types import SimpleNamespace
+
+from spkit.config import DerivationConfig
+from spkit.method.patch import Factors
+from spkit.running.patch_of_run import _derivation
+
+ADAPTER = {"name": "npo", "sha256": "0" * 64, "base_model": "owner/model", "r": 8}
+
+
+def told(config, **adapters):
+    patches = {
+        name: Factors(name, {}, 1.0, {"adapter": adapters[name]} if name in adapters else {})
+        for name in ("se", "osm")
+    }
+    return _derivation(config, SimpleNamespace(**patches))
+
+
+def test_an_adapter_is_told_by_name_and_hash_and_not_by_its_path():
+    found = told(DerivationConfig(se="/home/somebody/npo", shared_init=False), se=ADAPTER)
+    assert found["se"] == ADAPTER and "osm" not in found
+    assert "somebody" not in json.dumps(found)
+    assert "shared_init" not in found  # the adapter has a start of its own
+
+
+def test_without_adapters_nothing_is_added():
+    """The same settings give the same file in every version of the kit."""
+    usual = told(DerivationConfig())
+    assert not {"se", "osm", "shared_init"} & set(usual)
+    assert told(DerivationConfig(shared_init=False)) == {**usual, "shared_init": False}
