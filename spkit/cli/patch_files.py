@@ -6,6 +6,7 @@
     spkit verify PATCH [--backbone] [--checkpoint]
     spkit revert PATCH CHECKPOINT TARGET     the exact original bytes back
     spkit stack TARGET PATCH PATCH... --backbone B   several stages as one patch
+    spkit lora PATCH TARGET --rank N         a LoRA adapter, with its error
     spkit card PATCH README.md               a model card
 
 A backbone is a checkpoint folder, a hub id, or "sandbox": the shipped one of seed 0.
@@ -278,6 +279,40 @@ def stack(
         return
     _show(rows, False)
     _rows([{**pair, "share": _percent(pair["share"])} for pair in done.pairs])
+
+
+@command(PATCH_FILES, "a LoRA adapter of rank N, with the error that this makes")
+def lora(
+    patch: Patch,
+    target: Annotated[Path, typer.Argument(help="the new folder, for PEFT", parser=_path)],
+    rank: Annotated[int, typer.Option(min=1, help="of the factors of each matrix")],
+    prefix: Annotated[
+        str | None, typer.Option(help="before layers.0 in the model, where the files differ")
+    ] = None,
+    backbone: Annotated[
+        str | None,
+        typer.Option(help="where the patch stores weights as patched", parser=_place),
+    ] = None,
+    revision: Revision = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Write the patch as a LoRA adapter: the truncated SVD of what it adds to each matrix.
+
+    A patch is not low-rank: look at the error before you use the adapter.
+    """
+    from spkit.patchfile.lora import lora as run
+
+    options = {"revision": revision, "overwrite": overwrite, "progress": not (quiet or as_json)}
+    done = run(patch, target, rank, prefix=prefix, backbone=_checkpoint(backbone), **options)
+    rows = asdict(done)
+    if as_json:
+        print(json.dumps(rows))
+        return
+    matrices = [{**row, "shape": "x".join(map(str, row["shape"]))} for row in rows.pop("rows")]
+    _rows(matrices)
+    _show(rows, False)
 
 
 @command(PATCH_FILES, "a model card: results, limits, hazards, licence")

@@ -85,6 +85,7 @@ def test_the_commands_of_patch_files_run_on_the_core(place, tmp_path):
         ("revert", patch, made, tmp_path / "back"),
         ("inspect", patch),
         ("stack", tmp_path / "s", patch, place / "q.safetensors", "--backbone", base),
+        ("lora", patch, tmp_path / "adapter", "--rank", "2"),
         ("card", patch, tmp_path / "card.md"),
     ):
         ended = spkit(*arguments)
