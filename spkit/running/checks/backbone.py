@@ -6,13 +6,16 @@ from typing import Any
 
 from spkit.config import Config
 from spkit.errors import SpkitError
+from spkit.models.adapters import check_adapter, linear_shapes
 from spkit.models.chat import encode_pair, encode_prompt
+from spkit.models.checkpoint_check import checkpoint_problems
 from spkit.models.gguf import checkpoint_of, gguf_file, is_gguf
 from spkit.models.lengths import check_lengths, context_of
 from spkit.models.loading import load_tokenizer
 from spkit.models.prompt_checks import check_rendered
 from spkit.running.checks.finding import Finding, looked
 from spkit.running.checks.texts import pairs
+from spkit.running.shape import model_on_meta, shape_of
 from spkit.system import hub, pypi
 
 PLACEHOLDER = "your-name/your-model"  # in params/template.yaml
@@ -45,11 +48,42 @@ def place(config: Config) -> tuple[Finding, Path | None]:
 
 def found(config: Config, *, derives: bool) -> Iterator[Finding]:
     """The files and their tensors; derives: also the layers that get a patch, and given patches."""
+    targets = config.derivation.lora.targets if derives else "auto"
     if config.backbone.source == "sandbox":
         yield Finding("backbone.source", f"the sandbox's, {config.sandbox.weights}")
+        yield from _layers(config) if derives else ()
         return
     finding, folder = place(config)
     yield finding
+    if folder is None or not finding.ok:
+        return
+    whole = Path(config.backbone.source).exists() or is_gguf(config.backbone)
+    checked = checkpoint_problems(folder, targets, whole=whole)
+    yield from (Finding("backbone.source", said, ok=False) for said in checked.problems)
+    yield from (Finding("backbone.source", said) for said in checked.remarks)
+    if derives and not checked.problems:
+        yield from _layers(config)
+
+
+def _layers(config: Config) -> Iterator[Finding]:
+    """The layers that get a patch, and the adapters that take a patch's place."""
+    own = config.derivation
+    yield looked("derivation.lora.targets", lambda: _targets(config))
+    given = {key: getattr(own, key) for key in ("se", "osm")}
+    for key, folder in given.items():
+        if folder is not None:
+            yield looked(f"derivation.{key}", lambda folder=folder: _adapter(config, folder))
+
+
+def _targets(config: Config) -> str:
+    matrices = shape_of(config).targeted(config.derivation.lora.targets)
+    names = ", ".join(dict.fromkeys(matrix.name for matrix in matrices))
+    return f"{sum(matrix.count for matrix in matrices)} matrices: {names}"
+
+
+def _adapter(config: Config, folder: str) -> str:
+    adapter = check_adapter(folder, linear_shapes(model_on_meta(config, fetch=False)))
+    return f"{len(adapter.keys)} matrices of {folder}"
 
 
 def reads(config: Config) -> Iterator[Finding]:
