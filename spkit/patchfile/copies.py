@@ -108,8 +108,8 @@ def another(patch: PatchFile, name: str, dtype: str) -> SpkitError:
 class CastBack:
     """The edit that casts a copy back to the backbone's dtype, and changes nothing.
 
-    exact: every value is one of that dtype. possible: every value is one that it can be rounded
-    from. same: it is exact, and has the backbone's hash.
+    exact: every value is one of that dtype. possible: every value is one that a value of that
+    dtype rounds to. same: all are exact, and have the backbone's hash.
     """
 
     def __init__(self, patch: PatchFile, name: str, dtype: str):
@@ -203,21 +203,19 @@ class PatchingCopy:
 class PatchingKept:
     """The edit of one tensor of a rounded copy, compared at the kept weights alone.
 
-    All other values are only known to be ones that the backbone's dtype can have been rounded to.
+    Of all other values `ways` has seen that the backbone's dtype can have been rounded to them.
     """
 
     def __init__(self, patch: PatchFile, name: str, dtype: str, out: str):
         self.patch, self.name, self.dtype, self.out = patch, name, dtype, out
         self.own = patch.manifest.tensors[name].dtype
         self.kept, self.lost = patch.kept(name), 0
-        self.cast = CastBack(patch, name, dtype)
         self.convert = Convert(dtype, out, patch.path, name)
 
     def block(self, bits: np.ndarray) -> np.ndarray:
         kept = next(self.kept)
-        self.cast.back(bits)
         expected = floats.convert(kept.originals, self.own, self.dtype)
-        if not self.cast.possible or not np.array_equal(bits[kept.positions], expected):
+        if not np.array_equal(bits[kept.positions], expected):
             raise another(self.patch, self.name, self.dtype)
         try:
             patched, lost = kept.apply(kept.originals, self.own, self.out)

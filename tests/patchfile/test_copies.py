@@ -170,6 +170,17 @@ def test_the_original_must_be_the_backbone(tmp_path):
         apply(path, copy, tmp_path / "made", original=backbone)
 
 
+def test_the_original_may_be_an_exact_copy_and_nothing_near_it(tmp_path):
+    path, backbone, copy = place(tmp_path, other="float16")
+    wide = plain.save(tmp_path / "wide", cast(weights(), "float32"))
+    apply(path, copy, tmp_path / "made", original=wide)
+    apply(path, backbone, tmp_path / "expected", dtype="float16")
+    assert equal(tmp_path / "made", tmp_path / "expected")
+    change(wide, factor=1 + 2.0**-20)  # rounded to bfloat16 it is the backbone's
+    with pytest.raises(SpkitError, match="'b.weight': the original's weights are not those that"):
+        apply(path, copy, tmp_path / "other", original=wide)
+
+
 def test_too_large_for_float16(tmp_path):
     """A cast that overflows is another model, wherever the value is."""
     tensors = weights()
