@@ -63,11 +63,10 @@ def apply(
 ) -> Applied:
     """Write backbone + patch to the new folder `target`; None is a dry run that writes nothing.
 
-    backbone: a local checkpoint, or a hub id; revision: that on the hub, by default the one in the
-    patch. original: the backbone in its own dtype, where `backbone` is a copy that was rounded to
-    another one (copies.py). dtype: "bfloat16", "float16" or
-    "float32" for all float tensors of the target; None: as they are. threads: None chooses.
-    overwrite: replace a checkpoint that exists, as a whole and at the end.
+    backbone: a local checkpoint, or a hub id; revision: that on the hub, by default the patch's.
+    original: the backbone in its own dtype, where `backbone` was rounded to another (copies.py).
+    dtype: "bfloat16", "float16" or "float32" for all float tensors of the target; None: as they
+    are. threads: None chooses. overwrite: replace a checkpoint that exists, whole and at the end.
     Equal bit for bit to composing in memory (patching.add_delta with the patch's values).
     SpkitError names the file and the tensor where patch and backbone do not fit, or are damaged.
     """

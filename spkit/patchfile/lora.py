@@ -101,17 +101,7 @@ def lora(
             rows.append(_row(name, names[name], added, b, a))
             place = f"base_model.model.{modules[name]}"
             tensors |= {f"{place}.lora_A.weight": a, f"{place}.lora_B.weight": b}
-        total = sqrt(sum(row["norm"] ** 2 for row in rows)) or 1.0
-        done = Exported(
-            folder=str(folder),
-            patch=opened.id,
-            rank=rank,
-            tensors=len(rows),
-            parameters=sum(factor.size for factor in tensors.values()),
-            error=sqrt(sum((row["error"] * row["norm"]) ** 2 for row in rows)) / total,
-            worst=max(row["error"] for row in rows),
-            rows=rows,
-        )
+        done = _exported(folder, opened.id, rank, tensors, rows)
         with atomic(folder) as temporary:
             temporary.mkdir()
             _write(temporary, tensors, done, opened.manifest.backbone.name, list(modules.values()))
@@ -181,6 +171,20 @@ def _values(kept: Kept, before: np.ndarray | None, matrix: Matrix) -> np.ndarray
         after, old = (floats.to_float32(b, matrix.dtype) for b in (bits, before[chosen]))
         values[chosen] = after - old
     return values
+
+
+def _exported(folder: Path, patch: str, rank: int, tensors, rows: list[dict]) -> Exported:
+    total = sqrt(sum(row["norm"] ** 2 for row in rows)) or 1.0
+    return Exported(
+        folder=str(folder),
+        patch=patch,
+        rank=rank,
+        tensors=len(rows),
+        parameters=sum(factor.size for factor in tensors.values()),
+        error=sqrt(sum((row["error"] * row["norm"]) ** 2 for row in rows)) / total,
+        worst=max(row["error"] for row in rows),
+        rows=rows,
+    )
 
 
 # ---- the folder ----------------------------------------------------------------------------------

@@ -59,16 +59,9 @@ def revert(
     patch made, and where what comes out is not the backbone, naming file and tensor.
     """
     with PatchFile(patch) as opened:
-        if not opened.manifest.revertible and backbone is None:
-            raise SpkitError(
-                f"{patch} cannot be taken back by itself: it was not made revertible, so it does "
-                "not hold the original weights, and a rounded sum cannot be undone. Give the "
-                f"backbone ({opened.manifest.backbone.name}) with --backbone"
-            )
+        if backbone is None:
+            _require_originals(opened, checkpoint)
         dtypes = check_fit(opened, checkpoint, copied=True)
-        if backbone is None and set(dtypes.values()) - {"F32"}:  # rounded, or not cast at all
-            made = "If it was applied with --dtype, its rounding cannot be undone: use the backbone"
-            check_fit(opened, checkpoint, made)
         opened.check()
         folder = None
         if backbone is not None:
@@ -96,6 +89,19 @@ def revert(
             bytes=done.bytes,
             checked=copies.told(ways, "checkpoint"),
         )
+
+
+def _require_originals(patch: PatchFile, checkpoint: str | Path) -> None:
+    """SpkitError where the patch cannot be taken back without the backbone."""
+    if not patch.manifest.revertible:
+        raise SpkitError(
+            f"{patch.path} cannot be taken back by itself: it was not made revertible, so it does "
+            "not hold the original weights, and a rounded sum cannot be undone. Give the "
+            f"backbone ({patch.manifest.backbone.name}) with --backbone"
+        )
+    if set(check_fit(patch, checkpoint, copied=True).values()) - {"F32"}:  # not cast, or rounded
+        made = "If it was applied with --dtype, its rounding cannot be undone: use the backbone"
+        check_fit(patch, checkpoint, made)
 
 
 def _way(patch: PatchFile, name: str, dtype: str) -> copies.Way:
