@@ -66,7 +66,7 @@ def take(folder: str | Path) -> bool:
     who = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M")}
     with suppress(OSError):  # a full disk: the lock holds without the name of its holder
         os.ftruncate(handle, 0)
-        os.pwrite(handle, json.dumps(who).encode(), 0)
+        os.write(handle, json.dumps(who).encode())
     _HELD[folder] = handle
     return True
 
