@@ -20,7 +20,8 @@ from spkit.system import fingerprint
 CHECKPOINT = (
     *("config.json", "generation_config.json"),
     *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*.txt"),
-    *("*.model", "*.tiktoken", "chat_template*.jinja", "chat_template*.json"),
+    *("*.model", "*.spm", "*.bpe", "*.tiktoken", "tekken.json"),
+    *("chat_template*.jinja", "chat_template*.json"),
 )
 TEMPLATES = "additional_chat_templates"  # a folder beside the tokenizer
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
