@@ -35,6 +35,17 @@ def of_pairs(data: DataConfig) -> dict[str, Any]:
     return {**found, "sources": {name: x.model_dump(mode="json") for name, x in used.items()}}
 
 
+def of_data(config: Config) -> dict[str, Any]:
+    """The section data without the sources that no parameter names."""
+    data, align, utility = config.data, config.align, config.utility
+    named = [data.evaluation] if isinstance(data.evaluation, str) else data.evaluation
+    used = {*named, *align.over_safety, data.harmful, data.responses, align.harmful}
+    used |= {align.instructions, utility.perplexity, utility.kl}
+    found = data.model_dump(mode="json")
+    found["sources"] = {name: x for name, x in found["sources"].items() if name in used}
+    return found
+
+
 def one_spelling(value: Any) -> Any:
     """Parameters with each path that is there spelt in one way: `./a`, `a/` and its absolute path
     are `a` in the working folder."""

@@ -20,7 +20,7 @@ from typing import Any
 
 from spkit.alignment import made
 from spkit.config import Config
-from spkit.data.inputs import input_files, of_pairs, one_spelling
+from spkit.data.inputs import input_files, of_data, of_pairs, one_spelling
 from spkit.errors import SpkitError
 from spkit.models import counted
 from spkit.models.gguf import checkpoint_of, is_gguf
@@ -113,8 +113,9 @@ def identity(config: Config, stage: str) -> dict[str, Any]:
         # sets are final, so notebook 02 depends on the rates that scores would leave open
         rates = {key: dumped["patching"][key] for key in ("top_rate_se", "top_rate_osm")}
         params.setdefault("patching", rates)
-    if "data" in params and "evaluation" not in params:  # another evaluation, the same patches
-        params["data"] = of_pairs(config.data)
+    if "data" in params:  # another evaluation, the same patches
+        whole = "evaluation" in params
+        params["data"] = of_data(config) if whole else of_pairs(config.data)
     files, code = input_files(config, sections), dict(_code(stage))
     if "sandbox" in sections and config.backbone.source == "sandbox":
         code |= made_from.code(["spkit.sandbox.backbone"])  # its weights, shipped or trained

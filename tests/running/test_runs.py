@@ -487,6 +487,7 @@ def test_another_evaluation_keeps_the_patches_and_another_alignment_does_not():
         PATCHING,
         CONTINUAL,
     ]
+    assert changed_by(new) == []  # nobody names it
     assert changed_by({"judges.batch_size": 3}) == [BACKBONE, PATCHING, CONTINUAL]
     sources = {name: {"reader": "own", "path": f"{name}.csv"} for name in "hio"}
     aligned = {"data.sources": sources, "align.harmful": "h", "align.instructions": "i"}
