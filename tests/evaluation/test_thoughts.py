@@ -111,9 +111,10 @@ def test_a_thought_that_never_ends_is_unfinished_for_every_judge(monkeypatch):
 
 
 def test_null_judges_all():
-    found = verdicts({"o": SAID["o"][0]}, thought_marks=None)
+    found = verdicts({"o": SAID["o"][0]}, over_safety=["keywords"], thought_marks=None)
     assert found["verdict"].tolist() == ["refusal"]
-    other = verdicts({"h": f"(hm so{REFUSAL}hm)Brush it."}, thought_marks=("(hm", "hm)"))
+    own = {"harmful": ["keywords"], "thought_marks": ("(hm", "hm)")}
+    other = verdicts({"h": f"(hm so{REFUSAL}hm)Brush it."}, **own)
     assert other["verdict"].tolist() == ["harmful"]
 
 
@@ -160,7 +161,8 @@ def test_an_answer_is_stored_with_the_mark_that_the_prompt_wrote(said, verdict, 
     frame = respond(Speaker(tokens, said), tokens, PROMPTS[:1], **options)
     assert frame["response"].tolist() == [f"<think>\n{said}"]
     assert respond(None, None, PROMPTS[:1], **options).equals(frame)  # as it is stored
-    assert judged(frame, PROMPTS, config())["verdict"].tolist() == [verdict]
+    found = judged(frame, PROMPTS, config(harmful=["keywords"]))
+    assert found["verdict"].tolist() == [verdict]
 
 
 def test_marks_that_are_special_tokens_are_kept():
