@@ -25,12 +25,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from matplotlib.image import imread
 from nbclient import NotebookClient
 from parameters_cells import OWN, TOP_LEVEL, parameters_cell
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
 from spkit.comparison import report
 from spkit.config import Config, load_params
@@ -717,6 +719,19 @@ def test_the_patch_file_makes_the_patched_model_again(walkthrough, tmp_path):
     options = {"values": "int8", "revertible": True, "progress": False}
     small = make_from_run(config, tmp_path / "small.safetensors", **options)
     assert small.revertible and small.size("values") < told.size("values") / 2
+
+
+def test_a_patch_is_made_from_any_working_folder(walkthrough, tmp_path, monkeypatch):
+    """Paths in the params file are the repository's, wherever one stands."""
+    from spkit.cli import app
+
+    values = yaml.safe_load(MICRO.read_text()) | {"outputs": str(walkthrough.kept)}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values))
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["make", "mine.yaml", "here.safetensors", "--quiet"])
+    assert done.exit_code == 0, done.output
+    made = walkthrough.run / PATCHING / "patch.safetensors"
+    assert (tmp_path / "here.safetensors").read_bytes() == made.read_bytes()
 
 
 def test_the_stacked_patch_makes_the_last_stages_model(walkthrough, tmp_path):
