@@ -68,7 +68,7 @@ def _name(state: os.stat_result) -> str:
 
 def _kept(state: os.stat_result) -> str | None:
     """The digest that was kept of a large file in this state."""
-    if state.st_size < LARGE:
+    if state.st_size < LARGE or os.name == "nt":  # there ctime is when the file was made
         return None
     name = _name(state)
     if name not in _KNOWN:
