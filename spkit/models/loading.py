@@ -16,7 +16,7 @@ from spkit.errors import SpkitError, first_line
 from spkit.models.devices import ALL_GPUS, is_gpu
 from spkit.models.lengths import CONTEXT, context_length
 from spkit.models.nf4 import check_nf4
-from spkit.models.prompt_checks import check_vocabulary
+from spkit.models.prompt_checks import check_ids, check_vocabulary
 from spkit.models.templates import check_template, set_template, template_of
 from spkit.models.weights import guard_nf4
 from spkit.system.out_of_memory import explained
@@ -141,19 +141,20 @@ def load_tokenizer(
     tokenizer.system_prompt = system_prompt
     check_vocabulary(tokenizer)
     check_template(tokenizer)
-    setattr(tokenizer, CONTEXT, _context(source, revision, tokenizer))
+    _fit(source, revision, tokenizer)
     return tokenizer
 
 
-def _context(source: str, revision: str | None, tokenizer) -> int | None:
-    """How many tokens the model reads, by its config.json; see lengths.py."""
+def _fit(source: str, revision: str | None, tokenizer) -> None:
+    """Check the tokenizer against config.json, and keep on it how much the model reads."""
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError):  # told by what loads the model
-        return None
-    return context_length(config, tokenizer)
+        return
+    check_ids(tokenizer, config)
+    setattr(tokenizer, CONTEXT, context_length(config, tokenizer))
 
 
 def read_tokenizer(source: str | Path, *, revision: str | None):

@@ -95,6 +95,33 @@ def check_vocabulary(tokenizer) -> None:
         )
 
 
+def check_ids(tokenizer, config) -> None:
+    """SpkitError where config.json tells that the tokenizer is another model's; needs no weights.
+
+    It can emit an id for which the model has no embedding, or lacks the model's own bos or eos.
+    config: transformers' own.
+    """
+    text = config.get_text_config()
+    rows = getattr(text, "vocab_size", None)
+    known = tokenizer.get_vocab().values()
+    if rows is None:
+        return
+    if max(known) >= rows:
+        raise SpkitError(
+            f"The tokenizer of {tokenizer.name_or_path!r} has token ids up to {max(known)}, but "
+            f"the model has {rows} embeddings (ids 0 to {rows - 1}): it belongs to another model."
+        )
+    for name in ("bos_token_id", "eos_token_id"):
+        own = getattr(text, name, None)
+        for number in own if isinstance(own, list | tuple) else [own]:
+            if number is not None and max(known) < number < rows:
+                raise SpkitError(
+                    f"The model's {name} is {number} (config.json), and the tokenizer of "
+                    f"{tokenizer.name_or_path!r} has ids up to {max(known)} only: it belongs to "
+                    "another model."
+                )
+
+
 # ---- pairs ---------------------------------------------------------------------------------------
 
 

@@ -118,6 +118,28 @@ def test_an_end_that_is_no_token():
         check_vocabulary(broken)
 
 
+@pytest.mark.parametrize(
+    "shape, sentence",
+    [
+        ({"vocab_size": 24}, "ids up to 24, but the model has 24 embeddings"),
+        ({"vocab_size": 64, "eos_token_id": 40}, "eos_token_id is 40 .* has ids up to 24 only"),
+        ({"vocab_size": 64, "eos_token_id": [3, 40]}, "eos_token_id is 40"),
+        ({"vocab_size": 64, "bos_token_id": 63}, "bos_token_id is 63"),
+        ({"vocab_size": 32, "bos_token_id": 50256}, None),  # a default that no row is for
+        ({"vocab_size": 25, "eos_token_id": 3}, None),
+    ],
+)
+def test_the_tokenizer_of_another_model(shape, sentence, tmp_path):
+    """Told by config.json alone, without weights."""
+    LlamaConfig(**shape).save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    if sentence is None:
+        load_tokenizer(tmp_path)
+        return
+    with pytest.raises(SpkitError, match=sentence):
+        load_tokenizer(tmp_path)
+
+
 # ---- what fits
 
 
