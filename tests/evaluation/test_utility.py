@@ -191,6 +191,13 @@ def test_the_system_prompt_stands_before_every_document(llama, folder):
     assert all(text.startswith("<s> no sorry </s> <user> ") for text in chat)  # a turn of its own
 
 
+def test_the_arguments_of_the_template_reach_the_harness(llama, folder):
+    tokenizer = tiny.tokenizer("{{ (tone if tone is defined else 'then') + ' ' }}" + tiny.TEMPLATE)
+    tokenizer.chat_template_arguments = {"tone": "sure"}
+    chat = seen(llama, lambda: run(llama, folder, tokenizer=tokenizer))
+    assert chat and all(text.startswith("sure <s> <user> ") for text in chat)  # one bos token
+
+
 @pytest.mark.parametrize("refusal", ["{{ raise_exception('no system') }}", ""])
 def test_a_format_without_a_system_role_keeps_the_system_prompt(llama, folder, refusal):
     """Left alone, the harness would measure the model without it."""
