@@ -58,7 +58,7 @@ def test_gz_files_are_read_like_the_plain_ones():
     ):
         assert texts(name, gzip.compress(text.encode())) == TEXTS
         assert is_local(f"no/such/{name}")
-    assert refused("b.csv.gz", gzip.compress(b"goal,target\na b,c\nd,e,f\n")).startswith(
+    assert refused("b.csv.gz", gzip.compress(b"goal,target\na b,c\nd,e,f\n", mtime=0)).startswith(
         "b.csv.gz, row 2: 3 fields, must be 2"
     )
     lines = f'{PAIR}\n\n{{"prompt": "dye it"}}\n'
@@ -72,9 +72,17 @@ def test_gz_files_are_read_like_the_plain_ones():
         ("a.csv.gz", gzip.compress(CSV.encode())[:-9], "a.csv.gz: a gz file that is cut (Compr"),
         ("a.csv.gz", CSV, "a.csv.gz: no whole gz file (Not a gzipped file"),
         ("a.jsonl.gz", b"", "a.jsonl.gz: holds no rows, at least one is needed (an empty file of"),
-        ("a.jsonl", gzip.compress(b"{}"), "a.jsonl, row 1: not UTF-8 text (a gz file: add .gz to"),
+        (
+            "a.jsonl",
+            gzip.compress(b"{}", mtime=0),
+            "a.jsonl, row 1: not UTF-8 text (a gz file: add .gz to",
+        ),
         ("a.csv", b"PK\x03\x04\xff", "a.csv, line 1: not UTF-8 text (a zip file or a spreadsheet"),
-        ("a.tar.gz", gzip.compress(b"a"), "a.tar.gz: unknown suffix, allowed: .csv, .tsv, .jsonl"),
+        (
+            "a.tar.gz",
+            gzip.compress(b"a", mtime=0),
+            "a.tar.gz: unknown suffix, allowed: .csv, .tsv, .jsonl",
+        ),
         ("a.parquet.gz", b"", "a.parquet.gz: unknown suffix, allowed: "),
     ],
 )

@@ -6,11 +6,11 @@ from typing import Any
 
 from spkit.config import Config
 from spkit.errors import SpkitError
+from spkit.evaluation.answers import check_prompts
 from spkit.models.adapters import check_adapter, linear_shapes
 from spkit.models.chat import encode_pair, encode_prompt
 from spkit.models.checkpoint_check import checkpoint_problems
 from spkit.models.gguf import checkpoint_of, gguf_file, is_gguf
-from spkit.models.lengths import check_lengths, context_of
 from spkit.models.loading import load_tokenizer
 from spkit.models.prompt_checks import check_rendered
 from spkit.running.checks.finding import Finding, looked
@@ -103,6 +103,8 @@ def reads(config: Config) -> Iterator[Finding]:
         return
     yield looked("data.evaluation (as read)", lambda: _prompts(config, tokenizer))
     yield looked("data.harmful (as read)", lambda: _pairs(config, tokenizer))
+    if config.utility.mt_bench.prompts is not None:
+        yield looked("utility.mt_bench (as read)", lambda: _questions(config, tokenizer))
 
 
 def _rendering(config: Config) -> dict[str, Any]:
@@ -115,12 +117,19 @@ def _prompts(config: Config, tokenizer) -> str:
     from spkit.data.selection import load_eval_prompts
 
     prompts = load_eval_prompts(config.data, config.evaluation)
-    check_rendered(tokenizer, [prompt.prompt for prompt in prompts])
-    encoded = [encode_prompt(tokenizer, prompt.prompt) for prompt in prompts]
     length = config.evaluation.max_new_tokens
     names = [prompt.id for prompt in prompts]
-    check_lengths(encoded, context_of(tokenizer), length, names)
+    encoded = check_prompts(tokenizer, [prompt.prompt for prompt in prompts], length, names)
     return f"at most {max(map(len, encoded))} tokens, and {length} for the answer"
+
+
+def _questions(config: Config, tokenizer) -> str:
+    from spkit.evaluation.utility.mt_bench import mt_bench_questions
+
+    own = config.utility.mt_bench
+    asked = [(question.turns[0],) for question in mt_bench_questions(own)]
+    encoded = check_prompts(tokenizer, asked, own.max_new_tokens)
+    return f"at most {max(map(len, encoded))} tokens, first turns"
 
 
 def _pairs(config: Config, tokenizer) -> str:

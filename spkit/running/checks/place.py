@@ -41,10 +41,17 @@ def _writable(folder: Path, key: str, value: str) -> str:
 
 def device(config: Config) -> Iterator[Finding]:
     """The device is there."""
-    from spkit.models.loading import resolve_device, resolve_dtype
+    from spkit.models.loading import check_quantization, resolve_device, resolve_dtype
 
     def look() -> str:
         place = resolve_device(config.backbone.device)
+        used = [config.derivation.quantization, config.evaluation.quantization]
+        if "generative" in (*config.judges.harmful, *config.judges.over_safety):
+            used.append(config.judges.generative.quantization)
+        for quantization in used:
+            check_quantization(quantization, place)
+        if config.evaluation.dtype is not None:
+            resolve_dtype(config.evaluation.dtype, place)
         return f"{place}, {resolve_dtype(config.backbone.compute_dtype, place)}"
 
     yield looked("backbone.device", look)
