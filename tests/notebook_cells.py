@@ -64,7 +64,7 @@ def _undrawn():
 @contextmanager
 def _as_before():
     """A notebook changes the working folder and the process's settings; afterwards all is back."""
-    folder, offline = os.getcwd(), {name: os.environ.get(name) for name in one_kernel.OFFLINE}
+    folder, environment = os.getcwd(), dict(os.environ)
     strict, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
     state, numpy_state = random.getstate(), np.random.get_state()
     os.environ |= one_kernel.OFFLINE
@@ -74,8 +74,8 @@ def _as_before():
         yield
     finally:
         os.chdir(folder)
-        for name, value in offline.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        os.environ.clear()
+        os.environ.update(environment)
         torch.use_deterministic_algorithms(strict)
         torch.set_num_threads(threads)
         random.setstate(state)

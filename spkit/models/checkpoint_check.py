@@ -18,6 +18,7 @@ from typing import Any
 
 from spkit.errors import SpkitError, first_line
 from spkit.models.checkpoint_files import (
+    INDEX,
     About,
     headers,
     is_hub_id,
@@ -29,7 +30,7 @@ from spkit.models.stored_names import checked_names
 from spkit.system import hub
 from spkit.system.pointers import refuse_empty, refuse_pointer
 
-LOOKED_INTO = ("*.json", "*.model", "*.jinja", "*.safetensors")
+LOOKED_INTO = ("*.json", "*.model", "*.txt", "*.jinja", "*.safetensors")
 PATCHABLE = ("F32", "F16", "BF16")  # patchfile/floats.py
 MAKERS = ("CausalLM", "LMHeadModel", "ConditionalGeneration", "Model")  # the last: without a head
 ADAPTER = "adapter_config.json"
@@ -86,6 +87,7 @@ def checkpoint_problems(
     if found.problems:
         return found
     try:
+        _refuse_missing_shards(folder)
         stored = headers(folder)
     except SpkitError as error:
         found.problems += [] if not whole else [str(error)]
@@ -117,6 +119,19 @@ def _files(folder: Path) -> Iterator[str]:
                 yield str(error)
             except OSError as error:
                 yield f"{path} cannot be read: {error.strerror}"
+
+
+def _refuse_missing_shards(folder: Path) -> None:
+    """All of them at once; anything else that is wrong with an index is told by `headers`."""
+    try:
+        named = set(load_json(read_small(folder / INDEX))["weight_map"].values())
+        missing = sorted(str(name) for name in named if not (folder / str(name)).is_file())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return
+    if missing:
+        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        what = f"{len(missing)} of {len(named)} files that the index names are not there"
+        raise SpkitError(f"{folder}: {what} ({names}): download them.")
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -69,11 +69,13 @@ def test_weights_without_a_prefix_are_remarked(tmp_path):
     assert "'model.layers.0.self_attn.q_proj.weight' 'layers.0.self_attn.q_proj.weight'" in said
 
 
-def test_a_shard_that_is_not_there(tmp_path):
-    first, *_ = shards(tmp_path)
+def test_shards_that_are_not_there(tmp_path):
+    first, second, *others = shards(tmp_path)
     first.unlink()
+    second.unlink()
     (said,) = problems(tmp_path)
-    assert first.name in said
+    assert f"2 of {2 + len(others)} files that the index names are not there" in said
+    assert first.name in said and second.name in said
     found = checkpoint_problems(tmp_path, USUAL, whole=False)  # the hub's cache: not fetched yet
     assert found.problems == [] and "not on this machine" in found.remarks[0]
 

@@ -1,9 +1,12 @@
 """Which layers get a patch: by names, by rule, by a regular expression; and what is refused."""
 
+from types import SimpleNamespace
+
 import families
 import pytest
 import tiny
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -58,7 +61,7 @@ def test_a_vision_tower_s_q_proj_is_left_alone():
     model = families.model("gemma3")
     for targets in (["q_proj"], r".*\.q_proj", "auto"):
         lora = {"r": 2, "alpha": 4, "dropout": 0.0, "targets": targets}
-        wrapped = add_lora(model, type("Lora", (), lora), seed=0)
+        wrapped = add_lora(model, SimpleNamespace(**lora), seed=0)
         trained = [name for name, weight in wrapped.named_parameters() if weight.requires_grad]
         assert trained and all(".language_model.layers." in name for name in trained)
         assert list(target_weights(wrapped, targets)) == list(target_weights(model, targets))
@@ -91,3 +94,15 @@ def test_transposed_layers_are_named():
     for targets in ("auto", "all-linear", ["c_attn"], ".*c_attn"):
         with pytest.raises(SpkitError, match="Conv1D"):
             target_weights(model, targets)
+
+
+@pytest.mark.parametrize("names", [tiny.TARGETS, ["up_proj", "q_proj"]])
+def test_a_list_gives_the_factors_that_peft_draws_for_these_names(names):
+    lora = {"r": 2, "alpha": 4, "dropout": 0.0, "targets": names}
+    ours = add_lora(tiny.model("llama"), SimpleNamespace(**lora), seed=3)
+    plain = LoraConfig(r=2, lora_alpha=4, target_modules=names, task_type="CAUSAL_LM")
+    model = tiny.model("llama")
+    torch.manual_seed(3)
+    theirs = get_peft_model(model, plain).state_dict()
+    assert list(ours.state_dict()) == list(theirs)
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.state_dict().items())

@@ -4,6 +4,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import families
 import pandas as pd
 import pytest
 import tiny
@@ -53,6 +54,21 @@ def test_a_shape_needs_no_weights(tmp_path):
     (folder / "config.json").write_text("{}")
     with pytest.raises(SpkitError, match="^The sizes of '.*model' cannot be read"):
         shape_of(Config.from_sources({"backbone": {"source": str(folder)}}))
+
+
+def test_targets_by_rule_are_counted_as_they_are_trained(tmp_path):
+    llama, named = shape("llama"), tiny.TARGETS
+    assert llama.targeted("auto") == llama.targeted(named) == llama.matrices
+    (first,) = llama.targeted(r"model\.layers\.0\..*up_proj")
+    assert (first.name, first.count) == ("up_proj", 1)
+    mixture = shape_of_model(families.model("mixtral"))
+    assert {m.name for m in mixture.targeted("auto")} == families.LANGUAGE["mixtral"]
+    assert mixture.left_out[0].startswith("The experts (model.layers.0.mlp.experts")
+    families.save("phi3", tmp_path)
+    usual = {"backbone": {"source": str(tmp_path)}}
+    with pytest.raises(SpkitError, match="are no linear layers of this model; it has o_proj, qkv"):
+        shape_of(Config.from_sources(usual))
+    shape_of(Config.from_sources(usual, {"derivation.lora.targets": "auto"}))
 
 
 # ---- the parts -----------------------------------------------------------------------------------
