@@ -6,7 +6,7 @@ The data files have the published schemas and the village's texts.
 import json
 
 import pandas as pd
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from spkit.data.readers.beavertails import CATEGORIES
@@ -28,14 +28,28 @@ def tokenizer(template=None):
     ids = {token: i for i, token in enumerate([*vocabulary(), *MARKS])}
     core = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"pad_token": "<pad>", "bos_token": "<bos>", "unk_token": "<unk>"}
     turn = next((t for t in ("<|eot_id|>", "<end_of_turn>") if t in (template or "")), "<eos>")
+    more = [] if turn == "<eos>" else [turn]
+    return _whole(core, template, additional_special_tokens=more)
+
+
+def byte_pairs(template):
+    """For Qwen 2: whatever a folder says, transformers reads its tokenizer as one of byte pairs."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<bos>", "<eos>", "<unk>"]
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    how = {"vocab_size": 2000, "special_tokens": special, "initial_alphabet": letters}
+    words = [f" {word}" for word in vocabulary()]
+    core.train_from_iterator(words, trainers.BpeTrainer(**how, show_progress=False))
+    return _whole(core, template)
+
+
+def _whole(core, template, **more):
+    special = {"pad_token": "<pad>", "bos_token": "<bos>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        eos_token="<eos>",
-        additional_special_tokens=[] if turn == "<eos>" else [turn],
-        chat_template=template,
-        **special,
+        tokenizer_object=core, eos_token="<eos>", chat_template=template, **special, **more
     )
 
 

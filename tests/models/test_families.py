@@ -31,7 +31,8 @@ def root(tmp_path_factory):
 
 
 def parameters(family, root):
-    tokens = whole_runs.tokenizer(whole_runs.LLAMA2)
+    made = whole_runs.byte_pairs if family == "qwen2" else whole_runs.tokenizer
+    tokens = made(whole_runs.LLAMA2)
     families.save(family, root / family, len(tokens))
     tokens.save_pretrained(root / family)
     own = {
