@@ -16,6 +16,7 @@ from typing import Any
 from spkit.comparison.plan import changed, derivation_seed
 from spkit.config import Config
 from spkit.errors import SpkitError
+from spkit.running import checks
 from spkit.running.aligned import after_alignment, align
 from spkit.running.walkthrough import duration
 from spkit.study import tables
@@ -52,6 +53,7 @@ def run(
 def _run(config: Config, seeds: Sequence[int], derivations: int, given: Mapping[str, Any]) -> Path:
     total, done, began, times = len(seeds) * (1 + derivations), 0, time.monotonic(), []
     units: list[Unit] = []
+    checks.require(config)
     for seed in seeds:
         own = changed(config, seed=seed)
         print(f"backbone {seed}", flush=True)

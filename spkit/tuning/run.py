@@ -44,6 +44,7 @@ from spkit.models.loading import load
 from spkit.models.patched import patched
 from spkit.models.rounded import before_rounding
 from spkit.paths import at_root
+from spkit.running import checks
 from spkit.running.aligned import after_alignment, align
 from spkit.running.notebook import without_loading_bars
 from spkit.running.runs import identity, read_record, run_folder
@@ -87,6 +88,7 @@ def tune(params: str | Path, given: Mapping[str, Any] | None = None) -> pd.DataF
     """
     config = load_params(at_root(params), given)
     check(config)
+    checks.require(config)
     folder = run_folder(config) / "tuning"
     with locked(folder):
         align(config)
