@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from spkit.comparison import graph, tables
-from spkit.comparison.budget import budget_of
+from spkit.comparison.budget import Budget, budget_of
 from spkit.comparison.plan import plan
 from spkit.config import Config
 from spkit.errors import SpkitError
@@ -32,13 +32,13 @@ def folder_of(config: Config, budget: str) -> Path:
 
 def run(config: Config, budget_name: str, jobs: int) -> Path:
     """All units, then the tables; returns the folder of the tables."""
+    budget = budget_of(budget_name)
     root = folder_of(config, budget_name)
     with locked(root):
-        return _run(config, budget_name, jobs, make_folder(root))
+        return _run(config, budget_name, budget, jobs, make_folder(root))
 
 
-def _run(config: Config, budget_name: str, jobs: int, root: Path) -> Path:
-    budget = budget_of(budget_name)
+def _run(config: Config, budget_name: str, budget: Budget, jobs: int, root: Path) -> Path:
     units = plan(config, budget)
     places = graph.places(units, root / "units")
     seconds = graph.remaining_seconds(units, places, jobs) * pace(config)

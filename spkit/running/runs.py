@@ -283,6 +283,8 @@ class Run:
         if config.mirror is not None:
             mirror.check(config.mirror, config.outputs)
         folder = stage_folder(config, stage)  # an unknown stage is an error before all else
+        if config.mirror is None:
+            require(config, stage)  # nothing is made where it cannot run
         lock.require_free(run_folder(config))
         fresh = lock.take(folder)  # until `finish`, or the end of this process
         try:

@@ -295,7 +295,8 @@ def test_unaligned_is_told_and_is_no_file_of_a_stage():
         "y: what the backbone answered before its alignment (data.responses: unaligned)"
     )
     made = Config.from_sources({"data": data().model_dump(), "continual": {"stages": [["x"]]}})
-    assert set(identity(made, "01_patch_derivation")["files"]) == {"data.harmful"}
+    files = set(identity(made, "01_patch_derivation")["files"])
+    assert files == {"data.harmful", "alignment.data.harmful"}  # the alignment reads it, too
 
 
 # ---- groups --------------------------------------------------------------------------------------

@@ -177,7 +177,7 @@ def test_folders_that_are_no_adapter(copy, tmp_path, checkpoints):
     weights.write_bytes(weights.read_bytes()[:-100])
     refused(copy, "is no intact safetensors file")
     weights.write_text("version https://git-lfs.github.com/spec/v1\n")
-    refused(copy, "is no intact safetensors file")
+    refused(copy, "a git-lfs pointer")
     weights.unlink()
     refused(copy, "has no adapter_model.safetensors")
     (copy / "adapter_model.bin").write_bytes(b"")

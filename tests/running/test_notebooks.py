@@ -36,6 +36,7 @@ from typer.testing import CliRunner
 
 from spkit.comparison import report
 from spkit.config import Config, load_params
+from spkit.data.inputs import of_pairs
 from spkit.evaluation.rates import COLUMNS
 from spkit.patchfile.apply import apply
 from spkit.patchfile.file import PatchFile
@@ -431,7 +432,10 @@ def test_an_executed_notebook_is_given_what_differs_and_shows_no_loading_bars(wa
 def test_the_record_says_with_what_it_was_made(walkthrough, stage):
     record, config = record_of(walkthrough.run, stage), load_params(MICRO).model_dump(mode="json")
     assert (record["stage"], record["run_name"], record["seed"]) == (stage, "micro", 0)
-    assert record["params"] == {name: config[name] for name in STAGES[stage].sections}
+    wanted = {name: config[name] for name in STAGES[stage].sections}
+    if "data" in wanted and "evaluation" not in wanted:  # of data, what decides D_h
+        wanted["data"] = of_pairs(load_params(MICRO).data)
+    assert record["params"] == wanted
     assert f"notebooks/{stage}.ipynb" in record["code"]
     assert record["versions"] == machine.versions() and record["versions"]["torch"]
     commit = (machine.git_state() or {}).get("commit")
