@@ -13,14 +13,15 @@ import torch
 import whole_runs
 from transformers import AutoModelForCausalLM
 
-from spkit.config import load_params
+from spkit.config import Config, load_params
 from spkit.models.checkpoint_files import tensor_files
 from spkit.models.deltas import add_delta
 from spkit.patchfile.file import PatchFile
 from spkit.running.patch_of_run import load_safepatching
-from spkit.running.runs import STAGES, run_folder
+from spkit.running.runs import STAGES, read_record, run_folder
 
 NOTEBOOKS = list(STAGES)[:4]
+ANSWERING = (NOTEBOOKS[0], NOTEBOOKS[3])
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +79,25 @@ def test_a_family_runs_to_its_end_by_targets_auto(family, root):
         expected = add_delta(weight, deltas[name]) if name in deltas else weight
         assert torch.equal(after[name], expected), name
     assert any(not torch.equal(before[name], after[name]) for name in deltas)
+
+
+def test_a_correction_of_judges_or_utility_generates_no_token(root):
+    """Stored answers depend on weights, prompts and decoding; a longer answer is another one."""
+    config = parameters("olmo2", root)
+
+    def tokens(changes, stages):
+        made = Config.from_sources(config.model_dump(mode="json"), changes)
+        for stage in stages:
+            notebook_cells.run(stage, made, figures=False)
+        return [read_record(made, stage)["notes"]["generated_tokens"] for stage in ANSWERING]
+
+    if any(read_record(config, stage) is None for stage in NOTEBOOKS):
+        tokens({}, NOTEBOOKS)
+    first = [read_record(config, stage)["notes"]["generated_tokens"] for stage in ANSWERING]
+    corrected = {
+        **{"judges.harmful": ["refusal", "keywords"], "judges.keywords": "gcg"},
+        **{"utility.perplexity_texts": 3, "evaluation.confidence": 0.9},
+    }
+    assert min(first) > 0 and tokens(corrected, ANSWERING) == [0, 0]
+    longer = {"evaluation.max_new_tokens": config.evaluation.max_new_tokens + 1}
+    assert min(tokens(longer, ANSWERING[:1])[:1]) > 0
