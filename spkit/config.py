@@ -565,6 +565,7 @@ class Config(Section):
     run_name: str = Field(
         "sandbox",
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        max_length=100,
         coerce_numbers_to_str=True,
         description="name of the run's folder (letters, digits, '.', '_', '-')",
     )

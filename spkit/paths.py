@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 VARIABLE = re.compile(r"\$(\w+|\{\w+\})")
+JINJA = ("{{", "{%")
 
 
 def repository_root(params: str | Path | None = None) -> Path:
@@ -29,16 +30,18 @@ def repository_root(params: str | Path | None = None) -> Path:
 
 
 def expanded(text: str) -> str:
-    """The text with a leading ~ and $NAME replaced; one with a brace in it is a template, no path.
+    """The text with a leading ~ and $NAME replaced; a chat template (Jinja) is no path.
 
-    ValueError for a variable that is not set, and a user that is not known.
+    ValueError for a variable that is not set, a ${ that is none, and a user that is not known.
     """
-    if "{" in text and not text.startswith("${"):
+    if any(mark in text for mark in JINJA):
         return text
     for found in VARIABLE.finditer(text):
         name = found[1].strip("{}")
         if name not in os.environ:
             raise ValueError(f"but the environment variable {name} is not set")
+    if "${" in VARIABLE.sub("", text):
+        raise ValueError("but of variables only $NAME and ${NAME} are known")
     text = os.path.expandvars(text)
     if text.startswith("~"):
         if (home := os.path.expanduser(text)) == text:
@@ -51,12 +54,20 @@ def settled(text: str, params: Path) -> str:
     """An expanded path as it is meant in `params`: as it is where the repository has it.
 
     Else beside the params file, where it is there: from the repository's root if it is in it,
-    otherwise absolute. What is nowhere (a hub id, a name) stays as it is.
+    otherwise absolute. What is nowhere (a hub id, a name, a text) stays as it is.
     """
     root, beside = repository_root(params), params.resolve().parent / text
-    if os.path.isabs(text) or (root / text).exists() or not beside.exists():
+    if os.path.isabs(text) or is_there(root / text) or not is_there(beside):
         return text
     return str(beside.relative_to(root) if beside.is_relative_to(root) else beside)
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is such a file or folder; a text that is too long for a name is none."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def at_root(params: str | Path) -> Path:

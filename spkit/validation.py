@@ -5,8 +5,9 @@ dotted key, and the words for pydantic's errors. config.py says which parameters
 """
 
 import difflib
+import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
 from types import UnionType
@@ -20,6 +21,13 @@ from spkit.paths import expanded, settled
 
 TOKEN = re.compile(r"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{20,}")
 
+
+TAG = "tag:yaml.org,2002:"
+MERGE = f"{TAG}merge"
+NUMBERS = (f"{TAG}int", f"{TAG}float")
+AS_WRITTEN = ("run_name", "revision", "judge_revision")  # names: 2024_01 or 1e5 is no number there
+NULLS = ("", "null", "Null", "NULL", "~")
+NO_NULLS = ("none", "null")  # what Python's None becomes where it is written into YAML
 
 # parameters that had another name in an earlier version of the kit
 RENAMED = {"backbone.dtype": "backbone.compute_dtype"}
@@ -44,6 +52,9 @@ class Section(BaseModel):
                 field = cls.model_fields.get(key)
                 if isinstance(value, bool) and field is not None and field.annotation is not bool:
                     raise Wrong(key, value, f"allowed: {_allowed(cls, key)}")
+                none = isinstance(value, str) and value.strip().lower() in NO_NULLS
+                if none and field is not None and type(None) in get_args(field.annotation):
+                    raise Wrong(key, value, "a text; where nothing is meant, write null")
         return values
 
 
@@ -69,12 +80,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise SpkitError(f"{path}: cannot read the params file ({reason})") from None
     try:
-        values = yaml.load(text, Loader=_UniqueKeys)
+        values = yaml.load(text, Loader=_Plain)
+        json.dumps(values, default=str, skipkeys=True)  # a value that holds itself has no end
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         what = getattr(error, "problem", None) or "unreadable"
         raise SpkitError(f"{path}{where}: not valid YAML: {what}") from None
+    except (ValueError, RecursionError):
+        raise SpkitError(f"{path}: not valid YAML: a value holds itself, or is too deep") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -82,19 +96,55 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """PyYAML lets the last of two equal keys win without a word; here it is an error."""
+def read_value(key: str, text: str) -> Any:
+    """The value of one dotted key, read as it would be in a params file; yaml.YAMLError if bad."""
+    if key.rpartition(".")[2] in AS_WRITTEN and text not in NULLS:
+        return text.strip()
+    return yaml.load(text, Loader=_Plain)
+
+
+class _Plain(yaml.SafeLoader):
+    """YAML without what it does unasked.
+
+    PyYAML lets the last of two equal keys win, makes 8 of 010, 90 of 1:30, a date of 2024-01-02 and
+    202401 of a run's name 2024_01. Here the first three are errors or texts, and a name stays as it
+    is written. Merge keys (`<<: *a`) are taken as YAML means them.
+    """
 
     def construct_mapping(self, node, deep=False):
+        if not isinstance(node, yaml.MappingNode):
+            return super().construct_mapping(node, deep)
         keys = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
+        for key_node, value_node in node.value:
+            key = MERGE
+            if key_node.tag != MERGE:
+                key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                problem = "a key is a list or a mapping, must be a text"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
             if key in keys:
-                raise yaml.MarkedYAMLError(
-                    problem=f"the key {key!r} stands twice", problem_mark=key_node.start_mark
-                )
+                problem = f"the key {key_node.value!r} stands twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
             keys.add(key)
+            if key in AS_WRITTEN and value_node.tag in NUMBERS:
+                value_node.tag = TAG + "str"
         return super().construct_mapping(node, deep)
+
+    def number(self, node):
+        """A whole number. 010 and 1:30 are other numbers in YAML than they seem."""
+        plain = node.value.lstrip("+-").replace("_", "")
+        if ":" in plain or (len(plain) > 1 and plain.isdecimal() and plain[0] == "0"):
+            problem = f"{node.value} is {self.construct_yaml_int(node)} there, write what you mean"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        return self.construct_yaml_int(node)
+
+
+EXPONENT = re.compile(
+    r"[-+]?[0-9]+[eE][-+]?[0-9]+$"
+)  # 1e-4 is a text in YAML 1.1, for want of a dot
+_Plain.add_implicit_resolver(TAG + "float", EXPONENT, list("-+0123456789"))
+_Plain.add_constructor(TAG + "int", _Plain.number)
+_Plain.add_constructor(TAG + "timestamp", _Plain.construct_yaml_str)  # no parameter is a date
 
 
 # ---- secrets -------------------------------------------------------------------------------------
@@ -221,8 +271,9 @@ def _sentence(model: type[Section], mistake: Mapping[str, Any]) -> str:
         # pydantic puts the tried alternative ("str", "constrained-int") after the field's name
         path[depth + 1 :] = [part for part in path[depth + 1 :] if part.isdecimal()]
     key = ".".join(path)
-    if mistake["type"] == "missing":
-        return f"{key} is missing, allowed: {_allowed(owner, path[-1])}"
+    if mistake["type"] == "missing":  # a key, or an entry of a list of two
+        allowed = _allowed(owner, path[depth], entry=len(path) - depth - 1)
+        return f"{key} is missing, allowed: {allowed}"
     if mistake["type"] in ("extra_forbidden", "invalid_key"):
         if key in RENAMED:
             return f"{key} (value {mistake['input']!r}) is called {RENAMED[key]} now"
@@ -262,10 +313,11 @@ def _allowed(model: type[Section], key: str, entry: int = 0) -> str:
     schema = model.model_json_schema()["properties"][key]
     for _ in range(entry):
         options = schema.get("anyOf", [schema])
-        inner = next((option for option in options if "items" in option), None)
+        lists = (option.get("items") or option.get("prefixItems", [None])[0] for option in options)
+        inner = next((entries for entries in lists if entries), None)
         if inner is None:  # one kind of several that the field may hold
             break
-        schema = inner["items"]
+        schema = inner
     return _words(schema)
 
 
@@ -275,6 +327,8 @@ def _words(schema: Mapping[str, Any]) -> str:
     if "enum" in schema or "const" in schema:
         return "one of " + ", ".join(map(repr, schema.get("enum", [schema.get("const")])))
     kind = schema.get("type")
+    if "prefixItems" in schema:
+        return "a list of " + " and ".join(_words(each) for each in schema["prefixItems"])
     if kind == "array":
         return f"a list, not empty, whose entries are each {_words(schema['items'])}"
     words = {
@@ -294,6 +348,8 @@ def _words(schema: Mapping[str, Any]) -> str:
     said = [f"{word} {_number(schema[name])}" for name, word in bounds if name in schema]
     if "pattern" in schema:
         said.append(f"matching {schema['pattern']}")
+    if "maxLength" in schema:
+        said.append(f"of at most {schema['maxLength']} characters")
     if schema.get("minLength"):
         said.append("that is not empty")
     return f"{words} {' and '.join(said)}".strip()

@@ -7,7 +7,7 @@ import yaml
 
 from spkit.config import Config, load_params
 from spkit.errors import SpkitError
-from spkit.validation import dotted_keys
+from spkit.validation import dotted_keys, read_value
 
 PARAMS = Path(__file__).parents[1] / "params"
 
@@ -132,6 +132,24 @@ def test_every_field_is_explained():
             {"backbone": {"revision": "main"}},
             "backbone.revision is 'main', must be null where source is 'sandbox'",
         ),
+        (
+            {"judges": {"thought_marks": ["<think>"]}},
+            "judges.thought_marks.1 is missing, allowed: a text that is not empty",
+        ),
+        (
+            {"judges": {"thought_marks": "<think>"}},
+            "judges.thought_marks is '<think>', allowed: a list of a text that is not empty and a",
+        ),
+        (
+            {"align": {"harmful_window": [1, 2, 3]}},
+            "align.harmful_window is [1, 2, 3], allowed: a list of a number at least 0 and at most",
+        ),
+        (
+            {"backbone": {"system_prompt": "None"}},
+            "backbone.system_prompt is 'None', a text; where nothing is meant, write null",
+        ),
+        ({"run_name": "a" * 101}, "._-]*$ and of at most 100 characters"),
+        ({"mirror": "none"}, "mirror is 'none', a text; where nothing is meant, write null"),
         ({3: 4}, "unknown key 3, allowed: run_name, seed, threads, outputs, "),
         ({"seed": -1, "threads": 0}, "allowed: a whole number at least 0 and at most 4294967295 ("),
     ],
@@ -221,12 +239,44 @@ def test_empty_file_means_the_sandbox(tmp_path):
         ("data:\n  pairs: 1\n  pairs: 2\n", "line 3: not valid YAML: the key 'pairs' stands twice"),
         ("- a\n", "mine.yaml: found a list, must hold sections of keys"),
         ("overrides: 3\n", "mine.yaml: overrides is 3, allowed: dotted keys with values"),
+        ("{a: 1}: 2\n", "line 1: not valid YAML: a key is a list or a mapping, must be a text"),
+        ("? [1]\n: 2\n", "line 1: not valid YAML: a key is a list or a mapping"),
+        ("patching: &p {beta: *p}\n", "not valid YAML: a value holds itself, or is too deep"),
+        ("data: {pairs: 010}\n", "line 1: not valid YAML: 010 is 8 there, write what you mean"),
+        ("data: {pairs: 1:30}\n", "line 1: not valid YAML: 1:30 is 90 there, write what"),
+        ("patching:\n  <<: {beta: 1}\n  <<: {beta: 2}\n", "line 3: not valid YAML: the key '<<'"),
     ],
 )
 def test_wrong_file(tmp_path, text, sentence):
     with pytest.raises(SpkitError) as error:
         load_params(params(tmp_path, text))
     assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["2024_01", "1e5", "007", "1.50", "2024-01-02", "0x1f", "123e456"])
+def test_a_name_is_what_is_written(tmp_path, name):
+    """YAML makes numbers and dates of these, and another run folder of a number."""
+    text = f"run_name: {name}\nbackbone: {{source: a/b, revision: {name}}}\n"
+    config = load_params(params(tmp_path, text))
+    assert config.backbone.revision == config.run_name == name
+    assert read_value("backbone.revision", name) == read_value("run_name", name) == name
+    assert read_value("backbone.revision", "null") is None
+    assert read_value("derivation.lora.r", "4") == 4
+
+
+def test_merge_keys_and_dates(tmp_path):
+    text = """
+derivation:
+  ascent: &common {learning_rate: 1e-2, max_steps: 1e2}
+  descent: {<<: *common, max_steps: 7}
+backbone: {chat_template_arguments: {date_string: 2024-07-26}}
+"""
+    config = load_params(params(tmp_path, text))
+    assert (
+        config.derivation.descent.learning_rate == 0.01 and config.derivation.descent.max_steps == 7
+    )
+    assert config.derivation.ascent.max_steps == 100
+    assert config.backbone.chat_template_arguments == {"date_string": "2024-07-26"}
 
 
 def test_missing_or_binary_file(tmp_path):

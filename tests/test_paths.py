@@ -28,6 +28,9 @@ def test_variables_are_expanded_and_an_unset_one_is_named(monkeypatch):
     monkeypatch.setenv("DATA", "/data")
     assert expanded("$DATA/x") == expanded("${DATA}/x") == "/data/x"
     assert expanded("{% if $x %}~") == "{% if $x %}~"  # a chat template
+    assert expanded("/mnt/${DATA}/x") == "/mnt//data/x" and expanded("a{b}/$DATA") == "a{b}//data"
+    with pytest.raises(SpkitError, match=r"mirror is '/a/\$\{B:-c\}', but of variables only"):
+        Config.from_sources({"mirror": "/a/${B:-c}"})
     monkeypatch.delenv("DATA")
     with pytest.raises(SpkitError, match=r"outputs is '\$DATA/x', but the environment variable"):
         Config.from_sources({"outputs": "$DATA/x"})
@@ -42,6 +45,12 @@ def test_a_file_beside_the_params_file_is_found(tmp_path, monkeypatch):
     config = load_params(tmp_path / "mine.yaml", {"data.harmful": "pairs.jsonl"})
     assert config.data.harmful == str(tmp_path / "pairs.jsonl")
     assert config.data.evaluation == "sandbox" and config.backbone.source == "sandbox"
+
+
+@pytest.mark.parametrize("text", ["{% if a %}" + "x" * 5000 + "{% endif %}", "y" * 5000, "a\0b"])
+def test_a_text_in_the_place_of_a_path_may_be_long(text, tmp_path):
+    values = {"backbone": {"source": "a/b", "chat_template": text}}
+    assert Config.from_sources(values, {}, tmp_path / "mine.yaml").backbone.chat_template == text
 
 
 def test_the_root_is_found_from_anywhere(tmp_path, monkeypatch):

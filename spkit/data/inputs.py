@@ -146,7 +146,7 @@ def _tasks(config: Config) -> Iterator[tuple[str, Files]]:
 def template_file(config: Config) -> Path | None:
     """The file that backbone.chat_template names; None where it is a text, or not set."""
     named = config.backbone.chat_template
-    if named is None or "{" in named or not Path(named).is_file():
+    if named is None or "{" in named or not os.path.isfile(named):
         return None
     return Path(named)
 

@@ -8,6 +8,7 @@ tokenizer is loaded, so that a bad one is told then and not at the first answer.
 import hashlib
 import inspect
 import json
+import os
 import re
 import traceback
 import warnings
@@ -112,7 +113,7 @@ def template_text(template: str) -> str:
     if "{" in template:
         return template
     path = Path(template)
-    if not path.is_file():
+    if not os.path.isfile(path):  # which knows of texts that are too long for a path
         raise SpkitError(
             f"backbone.chat_template is {template[:80]!r}, which is neither a file nor Jinja text"
         )

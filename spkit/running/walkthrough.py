@@ -38,6 +38,7 @@ from spkit.running.runs import (
 )
 from spkit.system.files import atomic, make_folder
 from spkit.system.lock import locked
+from spkit.validation import read_value
 
 # seconds on two cores, one thread a notebook; used where no run has been timed yet
 SANDBOX_SECONDS = dict(zip(STAGES, (10, 35, 14, 25, 90, 18), strict=True))
@@ -57,20 +58,11 @@ def overrides(options: Sequence[str], **top_level: Any) -> dict[str, Any]:
         if not equals or not key:
             raise SpkitError(f"-o {option}: expected key=value, such as -o patching.beta=1.5")
         try:
-            given[key] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise SpkitError(f"-o {option}: {text!r} is no value in YAML") from None
-        if isinstance(given[key], str):
-            given[key] = _number(given[key])
+            given[key] = read_value(key, text)
+        except yaml.YAMLError as error:
+            why = f": {error.problem}" if "what you mean" in str(error) else ""
+            raise SpkitError(f"-o {option}: {text!r} is no value in YAML{why}") from None
     return given | {key: value for key, value in top_level.items() if value is not None}
-
-
-def _number(text: str) -> float | str:
-    """1e-4 is a text in YAML, which wants a dot in it."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def run(

@@ -14,6 +14,7 @@ from threading import Thread
 from spkit.errors import needs
 
 SECONDS = 4  # for an answer; a name server that is not there can take much longer
+_SILENT: list[str] = []  # what it did not answer; then it is asked nothing more, for time adds up
 
 
 @cache
@@ -56,7 +57,7 @@ def problem(name: str, kind: str, revision: str | None = None) -> str | None:
     A wrong name, a revision that is not there, a gated one without a login, no network.
     """
     what = f"{name!r} is not on this machine"
-    if not reachable():
+    if _SILENT or not reachable():
         return f"{what}, and the hub cannot be reached from here"
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
@@ -77,4 +78,7 @@ def problem(name: str, kind: str, revision: str | None = None) -> str | None:
         return f"{what}, and the hub's has no revision {revision!r}"
     except (HfHubHTTPError, OSError, ValueError) as error:
         return f"{what}, and the hub says: {str(error).splitlines()[0]}"
+    except Exception:  # of whatever the session is built on: too late, or cut off
+        _SILENT.append(name)
+        return f"{what}, and the hub cannot be reached from here"
     return None

@@ -79,6 +79,7 @@ CASES = {
         {"continual__stages": [["colouring"], ["teasing"]]},
         "'teasing'",
     ),
+    "a long name": ({"outputs": "params/" + "a" * 300}, "cannot be: File name too long"),
     "a mirror": ({"mirror": "/no/such/mount"}, "mirror"),
     "a prompt file": (
         {"utility__mt_bench__prompts": "params/micro.yaml"},
@@ -183,6 +184,27 @@ def test_what_the_hub_says_becomes_a_sentence(monkeypatch):
     monkeypatch.setattr(HfApi, "repo_info", lambda *a, **k: None)
     monkeypatch.setattr(HfApi, "auth_check", lambda *a, **k: None)
     assert hub.problem("a/b", "model") is None
+
+
+def test_a_hub_that_falls_silent_is_asked_once(monkeypatch):
+    """It answered the first question; a proxy that hangs now would cost seconds for every name."""
+    from huggingface_hub import HfApi
+
+    class TooLate(Exception):
+        """Not an OSError, as the session's own."""
+
+    asked = []
+
+    def silent(self, name, **options):
+        asked.append(name)
+        raise TooLate
+
+    monkeypatch.setattr(hub, "reachable", lambda: True)
+    monkeypatch.setattr(hub, "_SILENT", [])
+    monkeypatch.setattr(HfApi, "repo_info", silent)
+    for name in ("a/b", "c/d"):
+        assert hub.problem(name, "model").endswith("and the hub cannot be reached from here")
+    assert asked == ["a/b"]
 
 
 def test_an_offline_machine_is_not_asked(monkeypatch):

@@ -29,14 +29,23 @@ def folders(config: Config) -> Iterator[Finding]:
 
 def _writable(folder: Path, key: str, value: str) -> str:
     """The folder; SpkitError where it cannot be made or written to. Nothing is made."""
-    here = folder.absolute()
-    while not here.exists():
-        here = here.parent
+    try:
+        here = _existing(folder)
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        raise SpkitError(f"{key} is {value!r}, but {folder} cannot be: {error.strerror}") from None
     if not here.is_dir():
         raise SpkitError(f"{key} is {value!r}, but {here} is a file, must be a folder")
     if not os.access(here, os.W_OK | os.X_OK):
         raise SpkitError(f"{key} is {value!r}, but there is no permission to write in {here}")
     return str(folder)
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    here = folder.absolute()
+    while not here.exists():
+        here = here.parent
+    return here
 
 
 def device(config: Config) -> Iterator[Finding]:
@@ -71,10 +80,7 @@ def disk_and_memory(config: Config) -> Iterator[Finding]:
         yield Finding("backbone.source", str(error), ok=False)
         return
     need = written(config, shape) - _bytes_in(run_folder(config))
-    here = run_folder(config).absolute()
-    while not here.exists():
-        here = here.parent
-    free = shutil.disk_usage(here).free
+    free = shutil.disk_usage(_existing(run_folder(config))).free
     said = f"about {max(0, need) / GIB:.1f} GiB to be written, {free / GIB:.1f} GiB are free"
     yield Finding("outputs (disk)", said, ok=need < free)
     try:
