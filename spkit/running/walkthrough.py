@@ -37,7 +37,7 @@ from spkit.running.runs import (
     stamp,
 )
 from spkit.system.files import atomic, make_folder
-from spkit.system.lock import locked
+from spkit.system.lock import handles, locked
 from spkit.validation import read_value
 
 # seconds on two cores, one thread a notebook; used where no run has been timed yet
@@ -246,13 +246,15 @@ def _run_snakemake(planned: Planned, cores: int, together: int) -> None:
 def _child(command: list[str], file) -> Iterator[subprocess.Popen]:
     """Snakemake, which ends together with its notebooks when this process is interrupted.
 
-    It is in this process's group, so that whoever kills the group leaves nothing behind.
+    It is in this process's group, so that whoever kills the group leaves nothing behind. Where this
+    process alone is killed it goes on, and so it holds the run folder, too.
     """
 
     def interrupt(*_) -> None:
         raise KeyboardInterrupt
 
-    child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+    held = {"pass_fds": handles()} if os.name == "posix" else {}
+    child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, **held)
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield child

@@ -84,6 +84,15 @@ def _opened(path: Path) -> int | None:
     return None
 
 
+def handles() -> tuple[int, ...]:
+    """The open lock files of the folders that this process holds.
+
+    A child that is given them (pass_fds of subprocess) holds the folders, too, until it ends: so
+    nothing runs into what goes on after its parent was killed.
+    """
+    return tuple(_HELD.values())
+
+
 def release(folder: str | Path) -> None:
     """Give the folder back; nothing where it is not held."""
     folder = Path(folder).resolve()
@@ -104,7 +113,12 @@ def require_free(folder: str | Path) -> None:
     parents = os.environ.get(VARIABLE, "").split(os.pathsep)
     if folder in _HELD or str(folder) in parents or not path.is_file():
         return
-    handle = os.open(path, os.O_RDONLY)
+    try:
+        handle = os.open(path, os.O_RDWR)  # NFS gives no lock on a file that is open to be read
+    except FileNotFoundError:  # given back in this moment
+        return
+    except OSError:
+        handle = os.open(path, os.O_RDONLY)
     try:
         if not exclusive(handle):
             raise SpkitError(_refused(folder, path))
@@ -133,12 +147,26 @@ def exclusive(handle: int) -> bool:
     return True
 
 
+def _gone(who: dict) -> str:
+    """ "" where the holder lives, or is on another machine; else what to know of its children."""
+    if who["host"] != platform.node():
+        return ""
+    try:
+        os.kill(who["pid"], 0)
+    except ProcessLookupError:
+        return " (it was killed, and what it had started still works there)"
+    except OSError:  # another user's
+        pass
+    return ""
+
+
 def _refused(folder: Path, path: Path) -> str:
     """Who is in there, and what to do."""
     shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     try:
         who = json.loads(path.read_text(encoding="utf-8"))
         by = f"process {who['pid']} on {who['host']}, since {who['since']}"
+        by += _gone(who)
     except (OSError, ValueError, KeyError, TypeError):
         by = "another process"
     return (

@@ -1,9 +1,12 @@
 """One process at a time: refused while another is in there, free as soon as that one is gone."""
 
+import errno
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -53,6 +56,64 @@ def test_another_process_is_named_and_what_a_killed_one_leaves_is_no_lock(other,
     with locked("run"):
         pass
     assert [path.name for path in tmp_path.iterdir()] == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="hands an open file to a child")
+def test_what_a_killed_process_has_started_still_holds_the_folder(tmp_path, monkeypatch):
+    """Snakemake goes on after kill -9, and deletes what a second run made where its own fails."""
+    monkeypatch.chdir(tmp_path)
+    script = """
+import subprocess, sys, time
+from spkit.system.lock import handles, take
+take("run")
+child = subprocess.Popen(["sleep", "60"], pass_fds=handles())
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+    env = os.environ | {"PYTHONPATH": str(Path(lock.__file__).parents[2])}
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as process:
+        child = int(process.stdout.readline())
+        process.kill()
+        process.wait()
+        said = (
+            rf"in use by process {process.pid} on .* \(it was killed, and what it had started still"
+        )
+        with pytest.raises(SpkitError, match=said):
+            take("run")
+        os.kill(child, signal.SIGKILL)
+    patience = time.monotonic() + 10
+    while time.monotonic() < patience:  # until the system has seen it end
+        try:
+            require_free("run")
+            break
+        except SpkitError:
+            time.sleep(0.02)
+    assert take("run")
+    release("run")
+
+
+def test_a_lock_that_only_a_writer_gets_is_seen(other, monkeypatch):
+    """As on NFS, where flock on a file that is open for reading is an error (EBADF)."""
+    import fcntl
+
+    real = fcntl.flock
+
+    def as_on_nfs(handle, how):
+        if not fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_RDWR:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        return real(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", as_on_nfs)
+    with pytest.raises(SpkitError, match="is in use by"):
+        require_free("run")
+
+
+def test_a_folder_in_the_place_of_the_lock_is_one_sentence(tmp_path):
+    lock.lock_file(tmp_path / "run").mkdir()
+    with pytest.raises(SpkitError, match=r"cannot write .*\.run\.lock"):
+        take(tmp_path / "run")
+    require_free(tmp_path / "run")
 
 
 def test_what_a_parent_holds_is_free_for_what_it_starts(other, monkeypatch):

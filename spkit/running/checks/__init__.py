@@ -44,7 +44,8 @@ def findings(config: Config, *, stage: str | None = None, fetch: bool = False) -
 
 
 def _looked(config: Config, sections: set[str], fetch: bool) -> Iterator[Finding]:
-    yield from place.folders(config)
+    places = list(place.folders(config))
+    yield from places
     if "backbone" not in sections:  # notebook 05 reads tables
         return
     yield from place.device(config)
@@ -60,7 +61,7 @@ def _looked(config: Config, sections: set[str], fetch: bool) -> Iterator[Finding
         yield from evaluation.utility(config)
     if all(each.ok for each in (*models, *data)):
         yield from backbone.reads(config)
-    if all(each.ok for each in models):
+    if all(each.ok for each in (*places, *models)):
         yield from place.disk_and_memory(config)
 
 
