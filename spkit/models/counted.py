@@ -11,6 +11,7 @@ that is no checkpoint is no error.
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -103,6 +104,21 @@ def commit(source: str, revision: str | None) -> str | None:
     except HFValidationError:
         return None
     return Path(found).parent.name if isinstance(found, str) else None
+
+
+def on_the_hub(source: str, revision: str | None) -> dict[str, str]:
+    """{"hub": commit} of a hub id, whose configuration is fetched where it is not here; {} for a
+    local folder or file, whose contents tell what it is, and where the hub cannot be reached."""
+    if source == "sandbox" or source.startswith("pypi:") or Path(source).exists():
+        return {}
+    found = commit(source, revision)
+    if found is None:
+        from huggingface_hub import hf_hub_download
+
+        with suppress(Exception):  # loading tells what is wrong
+            hf_hub_download(source, "config.json", revision=revision)
+            found = commit(source, revision)
+    return {} if found is None else {"hub": found}
 
 
 def _like(name: str, patterns: tuple[str, ...]) -> bool:

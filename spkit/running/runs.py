@@ -261,6 +261,24 @@ def weights_here(config: Config) -> str | None:
     return combined(counted.of_checkpoint(folder)) if folder.is_dir() else None
 
 
+def forget_other_weights(config: Config) -> list[str]:
+    """Delete the stamps of stages that were made with other weights than those that are here.
+
+    No parameter tells of them: the hub's branch has moved on, or notebook 00 has made others.
+    Returns the stages, which run again.
+    """
+    here, found = weights_here(config), []
+    for stage in STAGES:
+        if here is None or "backbone" not in STAGES[stage].sections:
+            continue
+        record = read_record(config, stage) or {}
+        mark = stamp(config, stage)
+        if record.get("weights") not in (None, here) and mark.exists():
+            mark.unlink()
+            found.append(stage)
+    return found
+
+
 def read_record(config: Config, stage: str) -> dict[str, Any] | None:
     """The record of a complete stage, or None."""
     path = stage_folder(config, stage) / "record.json"
@@ -325,6 +343,12 @@ class Run:
     @staticmethod
     def _in_mirror(config: Config, stage: str) -> Path:
         return Path(config.mirror) / stage_folder(config, stage).relative_to(config.outputs)
+
+    def checkpoints(self) -> Path:
+        """The folder of a training's checkpoints, named after all that they depend on."""
+        weights = weights_here(self.config) or "in the files"  # which the stamp knows
+        name = hashlib.sha256(f"{self._stamp.name} {weights}".encode()).hexdigest()[:12]
+        return self.folder / "checkpoints" / name
 
     def push(self) -> None:
         """Copy what is new in this stage's folder to the mirror, if one is set: after a checkpoint.

@@ -30,6 +30,7 @@ from spkit.running.notebook import why_failed
 from spkit.running.runs import (
     STAGES,
     Run,
+    forget_other_weights,
     read_record,
     require_free,
     run_folder,
@@ -95,6 +96,14 @@ def run(
 
 def _run(config: Config, params: Path, cores: int, overwrite: bool, last: str | None) -> None:
     Run.restore(config)  # what a mirror holds and this machine lacks
+    _run_once(config, params, cores, overwrite, last)
+    if forget_other_weights(config):  # notebook 00 has made others: what is behind it is of the old
+        _run_once(config, params, cores, overwrite, last)
+
+
+def _run_once(config: Config, params: Path, cores: int, overwrite: bool, last: str | None) -> None:
+    if old := forget_other_weights(config):
+        print(f"made with other weights of the backbone: {', '.join(old)}")
     planned = Planned(config, last)
     _require_owner(config, params, planned, overwrite)
     require_free(config, planned.todo)

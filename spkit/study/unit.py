@@ -36,6 +36,7 @@ from spkit.evaluation.variants import respond_as
 from spkit.method.balancing import balanced, first_token_losses
 from spkit.method.safepatching import SafePatching
 from spkit.method.training import Checkpoints
+from spkit.models.counted import on_the_hub
 from spkit.models.loading import load
 from spkit.study.variants import BASE, patches
 from spkit.system import made_from, resume
@@ -72,6 +73,7 @@ class Unit:
             "threads": self.config.threads,
             "files": input_files(self.config, tuple(sections)),
             "code": made_from.code([__name__]),
+            **on_the_hub(self.config.backbone.source, self.config.backbone.revision),
         }
 
     def finished(self) -> bool:
@@ -136,6 +138,7 @@ class Unit:
         params["data"] = of_pairs(self.config.data)
         files = input_files(self.config, _OF_BUNDLE)
         parts = [params, self.identity["seeds"], self.config.threads, files]
+        parts += [self.identity["hub"]] if "hub" in self.identity else []
         text = json.dumps(parts, sort_keys=True)
         return self.folder / f"bundle-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
@@ -147,10 +150,11 @@ class Unit:
             source, loading = config.backbone.source, config.backbone.loading
             model, tokenizer = load(source, quantization=quantization, **loading)
             pairs = load_harmful_pairs(config.data, seed=self.seed)
-            kept = Checkpoints(self.folder / "checkpoints")
+            # under the bundle's name: another backbone never resumes from them
+            kept = Checkpoints(self.folder / "checkpoints" / place.name)
             made = make_bundle(model, tokenizer, pairs, config, seed=self.seed, checkpoints=kept)
             save_bundle(made, place)
-            resume.discard(kept.folder)
+            resume.discard(self.folder / "checkpoints")
         found = load_bundle(place, config.patching)
         scores = (found.scores["se"], found.scores["osm"])
         return SafePatching(

@@ -40,6 +40,7 @@ from spkit.examples import EvalPrompt
 from spkit.method.balancing import balanced, first_token_losses
 from spkit.method.patch import whole_patches
 from spkit.method.safepatching import NAME as SAFEPATCHING
+from spkit.models.counted import on_the_hub
 from spkit.models.loading import load
 from spkit.models.patched import patched
 from spkit.models.rounded import before_rounding
@@ -135,6 +136,7 @@ def _made_from(config: Config) -> dict[str, Any]:
         "params": whole["params"] | {key: dumped[key] for key in ("tuning", "continual")},
         "files": whole["files"],
         "code": code(["spkit.tuning.run"]),
+        **on_the_hub(config.backbone.source, config.backbone.revision),
     }
 
 
@@ -151,7 +153,8 @@ def _of_patches(config: Config, made_from: Mapping) -> str:
     aligned = alignment.identity(config) if alignment.needed(config) else None
     roots = code(["spkit.comparison.methods.bundle", "spkit.sandbox.backbone"])
     files = input_files(config, sections)
-    return _digest([made_from["seed"], params, files, roots, aligned])
+    parts = [made_from["seed"], params, files, roots, aligned]
+    return _digest(parts + [made_from["hub"]] if "hub" in made_from else parts)
 
 
 def _of_trials(made_from: Mapping) -> str:

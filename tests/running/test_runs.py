@@ -18,11 +18,13 @@ from safetensors import SafetensorError
 from spkit.config import Config, load_params
 from spkit.errors import SpkitError
 from spkit.evaluation.rates import COLUMNS
+from spkit.models import counted
 from spkit.running import summary
 from spkit.running.notebook import repository_root, start, why_failed
 from spkit.running.runs import (
     STAGES,
     Run,
+    forget_other_weights,
     identity,
     read_record,
     require,
@@ -32,8 +34,10 @@ from spkit.running.runs import (
     stage_folder,
     stamp,
 )
+from spkit.study.unit import Unit
 from spkit.system import machine, made_from
 from spkit.system.files import atomic, make_folder
+from spkit.tuning import run as tuning
 
 ROOT = Path(__file__).parents[2]
 BACKBONE, DERIVATION, IMPORTANCE, PATCHING, CONTINUAL, COMPARISON = STAGES
@@ -421,6 +425,52 @@ def test_by_hand_no_old_patch_meets_a_backbone_that_was_made_again():
     said = "01_patch_derivation is outdated: it was made with other weights of the backbone; run"
     with pytest.raises(SpkitError, match=said):
         Run(config(), PATCHING)
+
+
+def test_other_weights_that_no_parameter_tells_of_run_again():
+    """Notebook 00 makes others, or somebody put others there: all that is behind runs again."""
+    complete()
+    made = stage_folder(config(), BACKBONE) / "model"
+    made.mkdir()
+    (made / "model.safetensors").write_text("one")
+    complete()
+    assert forget_other_weights(config()) == []
+    before = Run(config(), DERIVATION).checkpoints()
+    complete([DERIVATION])
+    (made / "model.safetensors").write_text("two")
+    stages = [stage for stage in STAGES if stage != COMPARISON]
+    assert forget_other_weights(config()) == stages
+    assert [s for s in STAGES if stamp(config(), s).exists()] == [COMPARISON]
+    complete([BACKBONE])
+    assert Run(config(), DERIVATION).checkpoints() != before
+
+
+def hub_with(monkeypatch, commit):
+    """A cache of the hub that holds this commit of owner/model as its main branch."""
+    place = Path("hub/models--owner--model").resolve()
+    (place / "snapshots" / commit).mkdir(parents=True, exist_ok=True)
+    (place / "snapshots" / commit / "config.json").write_text("{}")
+    (place / "refs").mkdir(exist_ok=True)
+    (place / "refs/main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(place.parent))
+
+
+def test_a_branch_of_the_hub_that_moved_on_is_another_backbone(monkeypatch):
+    own = {"backbone.source": "owner/model"}
+    hub_with(monkeypatch, "a" * 40)
+    assert counted.on_the_hub("owner/model", None) == {"hub": "a" * 40}
+    complete(overrides=own)
+    assert forget_other_weights(config(own)) == []
+    tuned, unit = tuning._made_from(config(own)), Unit(config(own), 0, 0, Path("unit"))
+    bundle = unit.bundle_folder()
+    hub_with(monkeypatch, "b" * 40)
+    with pytest.raises(SpkitError, match="made with other weights of the backbone; run"):
+        Run(config(own), PATCHING)
+    assert forget_other_weights(config(own)) == [s for s in STAGES if s != COMPARISON]
+    again = tuning._made_from(config(own))
+    assert tuned["hub"] == "a" * 40 and again["hub"] == "b" * 40
+    patches = {tuning._of_patches(config(own), each) for each in (tuned, again)}
+    assert len(patches) == 2 and unit.bundle_folder() != bundle
 
 
 def test_what_lies_beside_the_weights_makes_nothing_outdated():
