@@ -48,18 +48,23 @@ def of_data(config: Config) -> dict[str, Any]:
 
 def one_spelling(value: Any) -> Any:
     """Parameters with each path that is there spelt in one way: `./a`, `a/` and its absolute path
-    are `a` in the working folder."""
+    are `a` in the working folder. A linked folder is the one that it leads to; a linked file stays
+    where it is named, for tools that keep data elsewhere link to names of their own.
+    """
     if isinstance(value, dict):
         return {key: one_spelling(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [one_spelling(inner) for inner in value]
-    if not isinstance(value, str) or "/" not in value or len(value) > LONGEST or "{" in value:
+    if not isinstance(value, str) or len(value) > LONGEST or "{" in value:
+        return value
+    if "/" not in value and not os.path.islink(value):
         return value
     if not Path(value).exists():
         return value  # a hub id, a text
-    path = Path(os.path.abspath(value))
-    inside = path != Path.cwd() and path.is_relative_to(Path.cwd())
-    return (path.relative_to(Path.cwd()) if inside else path).as_posix()
+    path, here = Path(os.path.abspath(value)), Path.cwd().resolve()
+    path = path.resolve() if path.is_dir() else path.parent.resolve() / path.name
+    inside = path != here and path.is_relative_to(here)
+    return (path.relative_to(here) if inside else path).as_posix()
 
 
 def input_files(config: Config, sections: tuple[str, ...]) -> dict[str, str | dict[str, str]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from spkit.config import Config, ContinualMethod, SandboxConfig, load_params
+from spkit.data.inputs import of_data
 from spkit.errors import SpkitError
 from spkit.validation import dotted_keys, flattened, read_yaml
 
@@ -21,6 +22,23 @@ PARAMS = Path("params")
 # of a run, not of what it computes
 PLACES = ("run_name", "seed", "outputs", "mirror", "threads")
 LM_EVAL = ("include_path", "sources", "limit", "limit_seed", "num_fewshot", "chat_template")
+
+# behind a reason: notebook 04 derives at every stage, also beside adapters
+CONTINUAL = "; notebook 04 alone, which derives its own, goes by it"
+REVISIONS = (  # (section, the name in it, what is of the hub alone)
+    ("judges.classifier.", "model", "revision"),
+    ("judges.generative.", "model", "revision"),
+    ("utility.mt_bench.", "prompts", "revision"),
+    ("utility.mt_bench.", "judge", "judge_revision"),
+)
+
+
+def _is_local(c: Config, key: str) -> bool:
+    """Whether the place that this parameter names is a folder or a file here."""
+    value: Any = c
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value is not None and Path(value).exists()
 
 
 def _judges(c: Config) -> set[str]:
@@ -50,12 +68,36 @@ RULES: list[tuple[str, Callable[[Config], bool], str]] = [
     ("data.as_questions", lambda c: c.data.harmful != "sandbox", "D_h is the sandbox's"),
     ("data.dev_share", lambda c: c.data.evaluation != "sandbox", "the prompts are the sandbox's"),
     ("align.", lambda c: c.align.harmful is not None, "align.harmful is null"),
-    ("derivation.ascent.", lambda c: c.derivation.se is None, "derivation.se is an adapter"),
-    ("derivation.descent.", lambda c: c.derivation.osm is None, "derivation.osm is an adapter"),
+    (
+        "derivation.ascent.",
+        lambda c: c.derivation.se is None,
+        f"derivation.se is an adapter{CONTINUAL}",
+    ),
+    (
+        "derivation.descent.",
+        lambda c: c.derivation.osm is None,
+        f"derivation.osm is an adapter{CONTINUAL}",
+    ),
     (
         "derivation.shared_init",
         lambda c: c.derivation.se is None and c.derivation.osm is None,
-        "a patch is an adapter of one's own",
+        f"a patch is an adapter of one's own{CONTINUAL}",
+    ),
+    *(
+        (
+            f"derivation.lora.{key}",
+            lambda c: c.derivation.se is None or c.derivation.osm is None,
+            f"both patches are adapters of one's own{CONTINUAL}",
+        )
+        for key in ("r", "alpha", "dropout")
+    ),
+    *(
+        (
+            f"{model}{revision}",
+            lambda c, key=f"{model}{name}": not _is_local(c, key),
+            f"{model}{name} is a folder or a file",
+        )
+        for model, name, revision in REVISIONS
     ),
     ("judges.classifier.", lambda c: "classifier" in _judges(c), "no judge is 'classifier'"),
     ("judges.generative.", lambda c: "generative" in _judges(c), "no judge is 'generative'"),
@@ -123,10 +165,21 @@ def without_effect(config: Config, given: Iterable[str]) -> list[str]:
 
 
 def _reason(config: Config, key: str) -> str | None:
+    if key.startswith("data.sources."):
+        return _of_source(config, *key.split(".")[2:])
     for name, counts, reason in RULES:
         inside = key.startswith(name if name.endswith(".") else f"{name}.")
         if (key == name or inside) and not counts(config):
             return reason.format(c=config)
+    return None
+
+
+def _of_source(config: Config, name: str, field: str = "") -> str | None:
+    if name not in of_data(config)["sources"]:
+        return f"no parameter names the source {name}"
+    source = config.data.sources[name]
+    if field == "revision" and Path(source.path).exists():
+        return "its path is a local file"
     return None
 
 

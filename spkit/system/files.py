@@ -65,10 +65,15 @@ def cache_folder() -> Path:
     """Where files are kept that any run can use and that can be made again: the user's own cache.
 
     $XDG_CACHE_HOME/spkit, by default ~/.cache/spkit; a relative XDG_CACHE_HOME does not count, as
-    its standard says.
+    its standard says. SpkitError for a user without a home folder.
     """
     named = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (named if named.is_absolute() else Path.home() / ".cache") / "spkit"
+    if named.is_absolute():
+        return named / "spkit"
+    try:
+        return Path.home() / ".cache" / "spkit"
+    except RuntimeError:  # a container's user without a name
+        raise SpkitError(f"this user has no home folder: {CACHE_ADVICE}") from None
 
 
 @contextmanager

@@ -72,7 +72,7 @@ def _kept(state: os.stat_result) -> str | None:
         return None
     name = _name(state)
     if name not in _KNOWN:
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, SpkitError):
             found = (cache_folder() / "digests" / name).read_text(encoding="ascii")
             if len(found) == 64 and int(found, 16) >= 0:
                 _KNOWN[name] = found

@@ -9,6 +9,7 @@ from spkit.config import Config, load_params
 from spkit.running import effects
 
 ROOT = Path(__file__).parents[2]
+UNUSED = {"reader": "own", "path": str(ROOT / "README.md")}
 
 
 @pytest.mark.parametrize(
@@ -27,6 +28,28 @@ ROOT = Path(__file__).parents[2]
         ({"tuning.trials": 5}, "`spkit tune`"),
         ({"derivation.se": "x", "derivation.ascent.max_steps": 9}, "derivation.se is an adapter"),
         ({"backbone.source": "a/b", "sandbox.weights": "train"}, "the backbone is a/b"),
+        ({"derivation.se": "x", "derivation.ascent.max_steps": 9}, "notebook 04 alone, which"),
+        (
+            {"derivation.se": "x", "derivation.osm": "y", "derivation.lora.r": 4},
+            "both patches are adapters of one's own",
+        ),
+        (
+            {
+                "judges.harmful": ["classifier"],
+                "judges.classifier.model": str(ROOT / "params"),
+                "judges.classifier.revision": "abc",
+            },
+            "judges.classifier.model is a folder or a file",
+        ),
+        ({"data.sources.x": UNUSED}, "no parameter names the source x"),
+        (
+            {
+                "data.harmful": "x",
+                "data.sources.x": UNUSED,
+                "data.sources.x.revision": "dev",
+            },
+            "its path is a local file",
+        ),
         ({"data.response_tokens": 9}, "data.responses is not 'unaligned'"),
     ],
 )

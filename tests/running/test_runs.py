@@ -492,12 +492,16 @@ def test_what_lies_beside_the_weights_makes_nothing_outdated():
     assert changed == [BACKBONE, PATCHING]
 
 
-@pytest.mark.parametrize("spelling", ["./model", "model/", "{here}/model", "../{name}/model"])
+@pytest.mark.parametrize(
+    "spelling", ["./model", "model/", "{here}/model", "../{name}/model", "link", "{here}/up/model"]
+)
 def test_another_spelling_of_a_path_is_the_same_parameter(spelling, elsewhere):
     overrides = checkpoint() | {"data.harmful": "in/rows.jsonl"}
     Path("in").mkdir()
     Path("in/rows.jsonl").write_text("{}")
     before = [stamp(config(overrides), stage).name for stage in STAGES]
+    Path("link").symlink_to("model")
+    Path("up").symlink_to(".")
     named = spelling.format(here=elsewhere, name=elsewhere.name)
     again = overrides | {"backbone.source": named, "data.harmful": "./in/../in/rows.jsonl"}
     assert [stamp(config(again), stage).name for stage in STAGES] == before

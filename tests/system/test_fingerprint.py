@@ -83,6 +83,19 @@ def test_a_damaged_or_missing_cache_only_costs_time(reads, tmp_path, monkeypatch
     assert digest(path) == first and len(reads) == 3
 
 
+def test_a_user_without_a_home_folder(reads, tmp_path, monkeypatch):
+    """In a container that runs under a number: `docker run --user 12345`."""
+
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr("pathlib.Path.home", nobody)
+    assert digest(written(tmp_path / "a", b"12345678")) == blake3(b"12345678").hexdigest()
+    with pytest.raises(SpkitError, match="no home folder: name another cache folder in the env"):
+        cache_folder()
+
+
 def test_a_bar_for_much_and_one_sentence_for_what_is_not_there(
     reads, tmp_path, capsys, monkeypatch
 ):
