@@ -33,9 +33,12 @@ try:
     for key in config:
         if key not in KNOWN:
             raise SpkitError(f"--config: unknown key {key}{nearest(key, list(KNOWN))}")
+    given = config.get("overrides") or {}
+    if not isinstance(given, dict):
+        raise SpkitError(f"--config: overrides is {given!r}, expected {{patching.beta: 2.0}}")
     CONFIG = load_params(
         config.get("params", "params/sandbox.yaml"),
-        {**config.get("overrides", {}), **{k: config[k] for k in TOP_LEVEL if k in config}},
+        {**given, **{k: config[k] for k in TOP_LEVEL if k in config}},
     )
     Run.restore(CONFIG)  # what a mirror holds and this machine lacks, before anything is planned
     STAMPS = {stage: stamp(CONFIG, stage) for stage in STAGES}

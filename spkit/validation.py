@@ -199,7 +199,9 @@ def with_overrides(
 ) -> dict[str, Any]:
     """A copy of nested `values` in which each dotted key of `overrides` is set; keys must exist."""
     if not isinstance(overrides, Mapping):
-        raise SpkitError(f"overrides is {overrides!r}, allowed: dotted keys with values")
+        text = isinstance(overrides, str)  # papermill's -p gives texts
+        how = "; papermill takes them by -y 'overrides: {patching.beta: 2}'" if text else ""
+        raise SpkitError(f"overrides is {overrides!r}, allowed: dotted keys with values{how}")
     result = deepcopy(dict(values))
     known = list(dotted_keys(model))
     for key, value in overrides.items():

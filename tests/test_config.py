@@ -189,6 +189,7 @@ def test_overrides_set_single_values():
         ({"patching": {"alpha": 1}}, "patching is a section, name one value in it: patching.reten"),
         ({"patching.alpha": -1}, "patching.alpha is -1, allowed: a number at least 0"),
         (["patching.alpha"], "overrides is ['patching.alpha'], allowed: dotted keys with values"),
+        ('{"patching.alpha": 2}', "with values; papermill takes them by -y 'overrides: {patching"),
     ],
 )
 def test_wrong_overrides(overrides, sentence):

@@ -757,6 +757,8 @@ def test_graph_says_what_is_wrong_in_one_sentence(graph):
     assert code != 0 and "overrides: unknown key patching.alfa, did you mean patching.alpha" in text
     code, text, _ = graph("sead=1")
     assert code != 0 and "--config: unknown key sead, did you mean seed?" in text
+    code, text, _ = graph("overrides=patching.alpha")
+    assert code != 0 and "--config: overrides is 'patching.alpha', expected {patching" in text
 
 
 def test_sandbox_and_micro_have_their_own_run_folders():
