@@ -15,24 +15,26 @@ from typing import Any
 
 from spkit.config import UtilityConfig
 from spkit.errors import SpkitError
+from spkit.evaluation.utility.own_tasks import BUILDERS, check_own_tasks, unreadable
 from spkit.system.files import cache_folder, once
 from spkit.validation import nearest
 
-# data sets that are built into `datasets`, and no names on the hub
-BUILDERS = ("arrow", "csv", "json", "pandas", "parquet", "text")
 Index = dict[
     str, dict[str, Any]
 ]  # {name: {"parts": names of a group's or tag's, "documents": str}}
 
 
 def check_tasks(utility: UtilityConfig) -> None:
-    """SpkitError where `utility.include_path` is no folder, or lm-eval has no task of a name."""
+    """SpkitError where `utility.include_path` is no folder, lm-eval has no task of a name, or a
+    task of one's own cannot be built (own_tasks.py)."""
     known = _index(utility)
     for task in utility.tasks:
         if task not in known:
             listed = "the names that `lm-eval ls tasks` lists"
             hint = nearest(task, list(known), otherwise=listed)
-            raise SpkitError(f"utility.tasks: lm-eval has no task {task!r}{hint}")
+            bad = unreadable(utility.include_path) if utility.include_path else ""
+            raise SpkitError(f"utility.tasks: lm-eval has no task {task!r}{hint}{bad}")
+    check_own_tasks(utility, set(known))
 
 
 def documents_of(utility: UtilityConfig) -> dict[str, list[str]]:
@@ -67,7 +69,8 @@ def _index(utility: UtilityConfig) -> Index:
         if not Path(folder).is_dir():
             raise SpkitError(f"utility.include_path is {folder!r}, which is no folder")
         own = _read(TaskManager(include_path=folder, include_defaults=False))
-    if set(utility.tasks) <= set(own):
+    parts = {part for entry in own.values() for part in entry["parts"]}  # of groups, lm-eval's too
+    if {*utility.tasks, *parts} <= set(own):
         return own
     kept = cache_folder() / "lm-eval" / f"tasks-{version('lm_eval')}.json"
     if not kept.is_file():

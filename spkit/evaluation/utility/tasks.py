@@ -19,6 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import jinja2
 import numpy as np
 import pandas as pd
 import torch
@@ -34,6 +35,9 @@ MISSING = "utility.tasks needs lm-eval, which is not installed: pip install 'spk
 COLUMNS = "model kind task metric value stderr n num_fewshot limit chat_template".split()
 # where a standard error has no formula: as many resamples, in this process
 BOOTSTRAP = 1000
+# what a task's file, its templates and its Python raise where they are wrong
+TASK_ERRORS = (AssertionError, AttributeError, ImportError, LookupError, SyntaxError, TypeError)
+TASK_ERRORS = (*TASK_ERRORS, ValueError, jinja2.TemplateError)
 
 
 def lm_eval_tasks(
@@ -85,7 +89,7 @@ def lm_eval_tasks(
                 f"{_first_line(error)}; a task of the hub needs the network once, or its cached "
                 "data set"
             ) from error
-        except (AssertionError, ImportError, KeyError, TypeError, ValueError) as error:
+        except TASK_ERRORS as error:
             raise SpkitError(
                 f"lm-eval cannot run {', '.join(tasks)} (utility.tasks): {_first_line(error)}"
             ) from error
