@@ -34,6 +34,8 @@ LOOKED_INTO = ("*.json", "*.model", "*.txt", "*.jinja", "*.safetensors")
 PATCHABLE = ("F32", "F16", "BF16")  # patchfile/floats.py
 MAKERS = ("CausalLM", "LMHeadModel", "ConditionalGeneration", "Model")  # the last: without a head
 ADAPTER = "adapter_config.json"
+CAUSAL, CLASSIFIER = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
+KINDS = {CAUSAL: "causal language model", CLASSIFIER: "classifier of texts"}
 NO_TEXT = ", which writes no text: a backbone is a causal language model, such as LlamaForCausalLM"
 DEQUANTISE = (
     "AutoModelForCausalLM.from_pretrained({source!r}).dequantize(dtype=torch.bfloat16)"
@@ -147,6 +149,15 @@ def _config(folder: Path) -> dict[str, Any]:
             f"{f' ({base})' if base else ''}, or base and adapter in one: PeftModel.from_pretrained"
             "(base, adapter).merge_and_unload().save_pretrained(FOLDER)."
         )
+    config = _json_config(folder)
+    names = config.get("architectures") or []
+    if names and not any(str(name).endswith(MAKERS) for name in names):
+        raise SpkitError(f"{path} is of {names[0]}{NO_TEXT}.")
+    return config
+
+
+def _json_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
     if not path.is_file():
         raise SpkitError(f"The folder {str(folder)!r} has no config.json; it is no checkpoint.")
     try:
@@ -156,9 +167,6 @@ def _config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         refuse_pointer(path)
         raise SpkitError(f"{path} cannot be read: {first_line(error)}") from None
-    names = config.get("architectures") or []
-    if names and not any(str(name).endswith(MAKERS) for name in names):
-        raise SpkitError(f"{path} is of {names[0]}{NO_TEXT}.")
     return config
 
 
@@ -226,23 +234,35 @@ def _fits(
     yield from left_out(model)
 
 
-def _loaded_empty(folder: Path, stored: Mapping[str, tuple[Path, int, About]]):
-    """The model on "meta", loaded from tensors without content; SpkitError for one it misses."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+def check_loads(folder: str | Path, maker: str) -> int:
+    """How many tensors a checkpoint has that is only loaded, as a judge is; no weight is read.
+
+    maker: transformers' auto class. SpkitError where its files are not whole or lack a tensor of
+    that class, or where what it is stored in needs a package that is not installed.
+    """
+    folder = Path(folder)
+    stored, config = headers(folder), _json_config(folder)
+    if not (config.get("quantization_config") or _text(config).get("quantization_config")):
+        _loaded_empty(folder, stored, maker)
+        return len(stored)
+    from transformers import AutoConfig
+    from transformers.quantizers import AutoHfQuantizer
 
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        build = AutoModelForCausalLM._model_mapping[type(config)]
-    except (OSError, ValueError, ImportError, TypeError) as error:
-        raise SpkitError(f"{folder / 'config.json'} cannot be read: {first_line(error)}") from None
-    except KeyError:
-        what = f"of the type {config.model_type!r}, of which there is no causal language model"
-        raise SpkitError(f"{folder / 'config.json'} is {what}.") from None
-    if type(config) in AutoModelForMaskedLM._model_mapping:
-        raise SpkitError(
-            f"{folder / 'config.json'} is of an encoder ({config.model_type}){NO_TEXT}."
-        )
+        how = AutoConfig.from_pretrained(folder).quantization_config
+        AutoHfQuantizer.from_config(how).validate_environment()
+    except ImportError as error:
+        raise SpkitError(f"{folder} cannot be loaded: {first_line(error)}") from None
+    except Exception:  # what it says of devices is said where it is loaded onto one
+        pass
+    return len(stored)
+
+
+def _loaded_empty(folder: Path, stored: Mapping[str, tuple[Path, int, About]], maker: str = CAUSAL):
+    """The model on "meta", loaded from tensors without content; SpkitError for one it misses."""
+    import torch
+
+    config, build = _class_of(folder, maker)
     empty = {
         name: torch.empty(about["shape"], dtype=torch.float32, device="meta")
         for name, (_, _, about) in stored.items()
@@ -257,11 +277,41 @@ def _loaded_empty(folder: Path, stored: Mapping[str, tuple[Path, int, About]]):
                 ignore_mismatched_sizes=True,
                 **options,
             )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        what = f"the tensors of the files do not make a {build.__name__}"
-        raise SpkitError(f"{folder}: {what}; are all there? {first_line(error)}") from None
+    except Exception as error:  # a value in config.json that a class does not expect: any kind
+        what = f"config.json and the tensors of the files do not make a {build.__name__}"
+        raise SpkitError(f"{folder}: {what}; are all there? {_said(error)}") from None
     _refuse_incomplete(folder, report)
     return model
+
+
+def _class_of(folder: Path, maker: str):
+    """(transformers' configuration, the class that `maker` makes of it)."""
+    import transformers
+
+    path = folder / "config.json"
+    makes = getattr(transformers, maker)._model_mapping
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers raises what it likes for a value it does not expect
+        if _json_config(folder).get("auto_map"):
+            raise SpkitError(
+                f"{path} needs Python code of the checkpoint's own (auto_map), and none is run: "
+                "take a model whose class is in transformers."
+            ) from None
+        raise SpkitError(f"{path} cannot be read: {_said(error)}") from None
+    if type(config) not in makes:
+        what = f"of the type {config.model_type!r}, of which there is no {KINDS[maker]}"
+        raise SpkitError(f"{path} is {what}.")
+    if maker == CAUSAL and type(config) in transformers.AutoModelForMaskedLM._model_mapping:
+        raise SpkitError(f"{path} is of an encoder ({config.model_type}){NO_TEXT}.")
+    return config, makes[type(config)]
+
+
+def _said(error: Exception) -> str:
+    """Its first line; of an error that says a name alone, as KeyError does, also its kind."""
+    line = first_line(error)
+    named = isinstance(error, OSError | ValueError | RuntimeError | ImportError) and line
+    return line if named else f"{type(error).__name__}: {line}"
 
 
 def _refuse_incomplete(folder: Path, report: Mapping[str, Any]) -> None:

@@ -151,23 +151,37 @@ def _fit(source: str, revision: str | None, tokenizer) -> None:
 
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, ImportError, KeyError):  # told by what loads the model
+    except Exception:  # told by what loads the model
         return
     check_ids(tokenizer, config)
     setattr(tokenizer, CONTEXT, context_length(config, tokenizer))
 
 
-def read_tokenizer(source: str | Path, *, revision: str | None):
+def check_pair(source: str | Path, tokenizer) -> None:
+    """`check_tokenizer` from config.json alone; worth calling before a model is loaded."""
+    _fit(str(source), None, tokenizer)
+
+
+def read_tokenizer(source: str | Path, *, revision: str | None = None):
     """The tokenizer as it is, whatever it lacks."""
     from transformers import AutoTokenizer
 
     source = _check_source(source)
     try:
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
-        raise SpkitError(
-            f"No tokenizer can be loaded from {source!r}: {first_line(error)}"
-        ) from error
+    except Exception as error:  # the library of tokenizers raises a bare Exception, JSON a KeyError
+        if "custom code" in str(error):
+            raise SpkitError(
+                f"The tokenizer of {source!r} needs Python code of its own (auto_map in "
+                "tokenizer_config.json), and none is run: take a copy with a tokenizer.json and "
+                "without that key."
+            ) from error
+        said = first_line(error)
+        if said.startswith("Couldn't instantiate the backend tokenizer"):
+            said = "it has neither a tokenizer.json nor another vocabulary that can be read"
+        elif not isinstance(error, OSError | ValueError | ImportError):
+            said = f"{type(error).__name__}: {said}"
+        raise SpkitError(f"No tokenizer can be loaded from {source!r}: {said}") from error
 
 
 def check_tokenizer(model: nn.Module, tokenizer) -> None:

@@ -1,6 +1,7 @@
 """What keeps a checkpoint from being a backbone is told from its files, without a weight read."""
 
 import json
+import re
 import shutil
 
 import families
@@ -166,6 +167,24 @@ def test_what_is_no_causal_language_model(folder, tmp_path):
     (adapter / "adapter_config.json").unlink()
     (said,) = problems(adapter)
     assert "has no config.json" in said
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"dtype": "float7"}, "config.json cannot be read: AttributeError: .*float7"),
+        ({"rope_parameters": {"rope_type": "spiral"}}, "do not make a LlamaForCausalLM.*'spiral'"),
+        ({"hidden_act": "swoosh"}, "do not make a LlamaForCausalLM.*swoosh"),
+        (
+            {"model_type": "far", "auto_map": {"AutoConfig": "far.Far"}},
+            r"needs Python code of the checkpoint's own \(auto_map\), and none is run",
+        ),
+    ],
+)
+def test_a_value_that_transformers_does_not_expect_is_one_sentence(folder, values, said):
+    edit(folder / "config.json", **values)
+    (found,) = problems(folder)
+    assert re.search(said, found) and "\n" not in found
 
 
 def test_weights_in_pickles_only(folder):

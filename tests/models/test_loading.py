@@ -89,6 +89,28 @@ def test_a_folder_without_tokenizer(copy):
         load(copy)
 
 
+OWN_TOKENIZER = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "said"),
+    [
+        ("tokenizer.json", {"model": {"type": "Novel"}}, "Exception: data did not match"),
+        ("tekken.json", {"vocab": []}, "'config'"),  # Mistral's, and none else is there
+        ("tokenizer_config.json", OWN_TOKENIZER, "none is run"),
+    ],
+)
+def test_a_tokenizer_that_the_library_does_not_know_is_one_sentence(copy, name, values, said):
+    if name == "tekken.json":
+        (copy / "tokenizer.json").unlink()
+        (copy / "tokenizer_config.json").unlink()
+    path = copy / name
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | values))
+    with pytest.raises(SpkitError, match=said) as error:
+        load_tokenizer(copy)
+    assert "\n" not in str(error.value) and str(copy) in str(error.value)
+
+
 def test_a_tokenizer_without_chat_template(copy):
     tiny.tokenizer(chat_template=None).save_pretrained(copy)
     (copy / "chat_template.jinja").unlink(missing_ok=True)
