@@ -5,9 +5,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tiny
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from spkit.config import Config, load_params
 from spkit.errors import SpkitError
+from spkit.models.checkpoint_check import CAUSAL, CLASSIFIER
 from spkit.running import checks
 from spkit.running.checks import evaluation, place
 from spkit.running.notebook import start
@@ -142,6 +145,36 @@ def test_the_class_of_a_judge_that_it_does_not_have(tmp_path):
     (found,) = evaluation._label(str(tmp_path), None, 2)
     assert found.ok is False and "2 classes (0 to 1)" in found.said
     assert list(evaluation._label(str(tmp_path), None, 1)) == []
+
+
+def a_classifier(folder):
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+    config = LlamaConfig(**sizes, vocab_size=32, num_labels=2, pad_token_id=0)
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_judge_is_looked_at_like_a_backbone(tmp_path, checkpoints):
+    """Each of these ended notebook 00 behind all its answers."""
+
+    def said(maker, folder):
+        return evaluation._model("judges.x.model", str(folder), None, maker)
+
+    judge = a_classifier(tmp_path / "judge")
+    assert said(CLASSIFIER, judge).ok and said(CAUSAL, checkpoints["llama"]).ok
+    assert "lacks the tensor 'score.weight'" in said(CLASSIFIER, checkpoints["llama"]).said
+    assert "lacks the tensor 'lm_head.weight'" in said(CAUSAL, judge).said
+    tiny.tokenizer(extra=20).save_pretrained(judge)
+    assert "it belongs to another model" in said(CLASSIFIER, judge).said
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (judge / name).unlink()
+    assert "No tokenizer can be loaded" in said(CLASSIFIER, judge).said
+    stored = {"quant_method": "gptq", "bits": 4}
+    (judge / "config.json").write_text(
+        json.dumps({**LlamaConfig().to_dict(), "quantization_config": stored})
+    )
+    assert "requires optimum" in said(CAUSAL, judge).said
 
 
 def test_a_notebook_looks_at_its_own_parameters_alone(tmp_path):

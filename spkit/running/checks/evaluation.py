@@ -6,6 +6,7 @@ from pathlib import Path
 
 from spkit.config import Config, UtilityConfig
 from spkit.errors import SpkitError
+from spkit.models.checkpoint_check import CAUSAL, CLASSIFIER, check_loads
 from spkit.running.checks.finding import Finding, looked
 from spkit.system import hub
 
@@ -20,18 +21,23 @@ def judges(config: Config) -> Iterator[Finding]:
 
     yield looked("judges", look)
     named = {*config.judges.harmful, *config.judges.over_safety}
-    for name in ("classifier", "generative"):
+    for name, maker in (("classifier", CLASSIFIER), ("generative", CAUSAL)):
         own = getattr(config.judges, name)
         if name in named:
-            yield _model(f"judges.{name}.model", own.model, own.revision)
+            yield _model(f"judges.{name}.model", own.model, own.revision, maker)
     if "classifier" in named:
         own = config.judges.classifier
         yield from _label(own.model, own.revision, own.label)
 
 
-def _model(key: str, source: str, revision: str | None) -> Finding:
-    """Of a model that is loaded as it is: its files are here, or on a hub that can be reached."""
-    from spkit.models.checkpoint_files import headers
+def _model(
+    key: str, source: str, revision: str | None, maker: str = CAUSAL, chats: bool = False
+) -> Finding:
+    """Of a model that is loaded as it is: its files are here, or on a hub that can be reached.
+
+    chats: whether it is spoken to in its chat format.
+    """
+    from spkit.models.loading import check_pair, load_tokenizer, read_tokenizer
 
     folder = Path(source) if Path(source).exists() else hub.in_cache(source, revision)
     if folder is None:
@@ -43,7 +49,9 @@ def _model(key: str, source: str, revision: str | None) -> Finding:
     def look() -> str:
         if not (folder / "config.json").is_file():
             raise SpkitError(f"{key} is {source!r}, which has no config.json: it is no checkpoint")
-        return f"{source}: {len(headers(folder))} tensors"
+        count = check_loads(folder, maker)
+        check_pair(folder, (load_tokenizer if chats else read_tokenizer)(folder))
+        return f"{source}: {count} tensors"
 
     return looked(key, look)
 
@@ -103,4 +111,4 @@ def _mt_bench(config: Config) -> Iterator[Finding]:
     else:
         yield looked(key, lambda: f"{len(mt_bench_questions(own))} questions")
     if own.judge is not None:
-        yield _model("utility.mt_bench.judge", own.judge, own.judge_revision)
+        yield _model("utility.mt_bench.judge", own.judge, own.judge_revision, chats=True)
