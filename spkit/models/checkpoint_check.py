@@ -19,6 +19,7 @@ from typing import Any
 from spkit.errors import SpkitError, first_line
 from spkit.models.checkpoint_files import (
     INDEX,
+    SINGLE,
     About,
     headers,
     is_hub_id,
@@ -92,10 +93,11 @@ def checkpoint_problems(
         _refuse_missing_shards(folder)
         stored = headers(folder)
     except SpkitError as error:
-        found.problems += [] if not whole else [str(error)]
-        found.remarks += [f"{folder}: the weights are not on this machine: not checked"] * (
-            not whole
-        )
+        # two sets of weights are a fault of the hub's folder, too
+        if whole or all((folder / name).exists() for name in (SINGLE, INDEX)):
+            found.problems.append(str(error))
+        else:
+            found.remarks.append(f"{folder}: the weights are not on this machine: not checked")
         return found
     try:
         found.remarks += list(_fits(folder, config, stored, targets))

@@ -11,6 +11,7 @@ memory for any tensor.
 import json
 import re
 import stat
+from collections.abc import Collection
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -70,15 +71,18 @@ def place(tensor: str) -> dict[str, str | int]:
 def tensor_files(folder: str | Path) -> dict[str, Path]:
     """{tensor name: the file that holds it}; SpkitError for a folder without safetensors.
 
-    An index that names files outside of its folder is refused, too.
+    An index that names files outside of its folder is refused, too, and one beside a single file.
     """
     folder = Path(folder)
     try:
         if (folder / INDEX).is_file():
             index = load_json(read_small(folder / INDEX))
             files = {name: folder / _plain(file) for name, file in index["weight_map"].items()}
+            refuse_two(folder, {path.name for path in files.values()})
             for path in sorted(set(files.values())):
-                _require_file(path)  # a shard that is missing ends here
+                if not path.exists():
+                    raise ValueError(_absent(path))
+                _require_file(path)
             return files
         if not (folder / SINGLE).exists() and (instead := _instead(folder)):
             raise ValueError(instead)
@@ -92,11 +96,34 @@ def tensor_files(folder: str | Path) -> dict[str, Path]:
         raise SpkitError(f"{folder} is no checkpoint in safetensors files: {what}") from None
 
 
+def refuse_two(folder: Path, indexed: Collection[str]) -> None:
+    """SpkitError for a folder with two sets of weights: transformers reads the single file, and
+    others what the index names. A model that was saved again leaves the old one there."""
+    if indexed and SINGLE not in indexed and (folder / SINGLE).exists():
+        raise SpkitError(
+            f"{folder} has both {SINGLE} and {INDEX}, which names {min(indexed)}: two sets of "
+            "weights, of which programs take one or the other; keep a folder with one of them."
+        )
+
+
+def _absent(path: Path) -> str:
+    """A file that the index names is not there; what is, may be the same under another name."""
+    others = sorted(p.name for p in path.parent.glob("*.safetensors"))
+    there = f" (there is {others[0]})" if others else ""
+    return f"the index names {path.name}, and there is no such file{there}"
+
+
 def _instead(folder: Path) -> str:
     """What to do about the weights that are there in another format; "" where there are none."""
     names = sorted(p.name for p in folder.iterdir() if p.is_file())
     if "adapter_config.json" in names:
         return "it is an adapter of PEFT, not a model: merge it into its backbone and save that"
+    stored = [name for name in names if name.endswith(".safetensors")]
+    if stored and stored[0].startswith("consolidated"):
+        return f"{stored[0]} is in Mistral's own format: fetch the files of transformers' format"
+    if stored:
+        one = f"rename it to {SINGLE}" if len(stored) == 1 else f"{INDEX} is missing: fetch it"
+        return f"its weights are in {stored[0]}, which no index names and transformers skips; {one}"
     other = [name for name in names if Path(name).suffix in OTHER_WEIGHTS - {".gguf", ".onnx"}]
     other = [name for name in other if not name.startswith(("training_args", "optimizer"))]
     if not other:

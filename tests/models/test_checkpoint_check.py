@@ -81,6 +81,15 @@ def test_shards_that_are_not_there(tmp_path):
     assert found.problems == [] and "not on this machine" in found.remarks[0]
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_two_sets_of_weights(whole, folder, tmp_path):
+    for path in (first := shards(tmp_path / "other")):
+        shutil.copy(path, folder)
+    shutil.copy(first[0].parent / INDEX, folder)
+    (said,) = problems(folder, whole=whole)
+    assert "two sets of weights" in said
+
+
 def test_a_header_longer_than_its_file(folder):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:100])

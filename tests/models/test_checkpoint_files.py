@@ -50,6 +50,37 @@ def test_weights_in_another_format_come_with_the_way_to_convert_them(tmp_path):
             tensor_files(bare(tmp_path / name, name))
 
 
+def test_two_sets_of_weights_in_one_folder(tmp_path):
+    """transformers reads the single file; this reader went by the index, so by other weights."""
+    folder = plain.save(tmp_path / "a", shards=True)
+    whole = plain.save(tmp_path / "b", shards=False) / SINGLE
+    assert tensor_files(folder)
+    (folder / SINGLE).write_bytes(whole.read_bytes())
+    with pytest.raises(
+        SpkitError, match=f"has both {SINGLE} and {INDEX}, which names model-00000-of"
+    ):
+        tensor_files(folder)
+    (folder / INDEX).unlink()  # as when a smaller model was saved over a larger one
+    assert set(tensor_files(folder).values()) == {folder / SINGLE}
+
+
+def test_files_under_names_that_transformers_skips(tmp_path):
+    for name, said in {
+        "consolidated.safetensors": "in Mistral's own format: fetch the files of transformers'",
+        "model.fp16.safetensors": f"which no index names .*; rename it to {SINGLE}",
+    }.items():
+        with pytest.raises(SpkitError, match=said):
+            tensor_files(bare(tmp_path / name, "config.json", name))
+    shards = plain.save(tmp_path / "shards", shards=True)
+    first = min(shards.glob("*.safetensors"))
+    first.rename(shards / f"old-{first.name}")
+    with pytest.raises(SpkitError, match=f"the index names {first.name}, and there is no such"):
+        tensor_files(shards)
+    (shards / INDEX).unlink()
+    with pytest.raises(SpkitError, match=f"{INDEX} is missing: fetch it"):
+        tensor_files(shards)
+
+
 @pytest.mark.parametrize("name", [SINGLE, INDEX])
 def test_a_pointer_of_git_lfs_says_what_to_run(name, tmp_path):
     folder = bare(tmp_path / "a")
