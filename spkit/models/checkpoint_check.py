@@ -151,6 +151,12 @@ def _config(folder: Path) -> dict[str, Any]:
             f"{f' ({base})' if base else ''}, or base and adapter in one: PeftModel.from_pretrained"
             "(base, adapter).merge_and_unload().save_pretrained(FOLDER)."
         )
+    if (folder / ADAPTER).is_file():
+        raise SpkitError(
+            f"{folder} has a PEFT adapter beside the model's weights, and transformers adds it to "
+            "them unasked, whereas a patch is added to the weights alone: move "
+            f"{ADAPTER} and adapter_model.safetensors to a folder of their own."
+        )
     config = _json_config(folder)
     names = config.get("architectures") or []
     if names and not any(str(name).endswith(MAKERS) for name in names):

@@ -173,6 +173,10 @@ def test_what_is_no_causal_language_model(folder, tmp_path):
     save_file({"x": torch.zeros(1)}, adapter / "adapter_model.safetensors")
     (said,) = problems(adapter)
     assert "the base (owner/base)" in said and "merge_and_unload" in said
+    shutil.copy(adapter / "adapter_config.json", folder)
+    (said,) = problems(folder)
+    assert "a PEFT adapter beside the model's weights, and transformers adds it" in said
+    (folder / "adapter_config.json").unlink()
     (adapter / "adapter_config.json").unlink()
     (said,) = problems(adapter)
     assert "has no config.json" in said
