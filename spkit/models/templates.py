@@ -75,7 +75,7 @@ def has_system_role(tokenizer) -> bool:
     turns = [{"role": "system", "content": ASKED}, {"role": "user", "content": "x"}]
     try:
         shown = rendered(tokenizer, turns, add_generation_prompt=True, tokenize=False)
-    except (jinja2.TemplateError, ValueError):  # the template's own raise_exception
+    except Exception:  # the template's own raise_exception, or whatever else it raises
         return False
     return ASKED in shown
 
@@ -145,7 +145,7 @@ def check_template(tokenizer) -> None:
     writes twice or not at all.
     """
     own = template_of(tokenizer)
-    asked = [{"role": "user", "content": ASKED}]
+    asked = messages(tokenizer, ASKED)  # with the system prompt, which some templates must have
     answered = [*asked, {"role": "assistant", "content": ANSWERED}]
     prompt = _tried(tokenizer, asked, add_generation_prompt=True)
     whole = _tried(tokenizer, answered)
@@ -187,7 +187,10 @@ def _tried(tokenizer, turns, **options) -> str:
     try:
         return rendered(tokenizer, turns, tokenize=False, **options)
     except Exception as error:  # a template is code: it raises what it likes
-        raise template_error(tokenizer, error) from error
+        said = template_error(tokenizer, error)
+        if turns[0]["role"] != "system" and has_system_role(tokenizer):
+            said = SpkitError(f"{said}; with a backbone.system_prompt it can be rendered")
+        raise said from error
 
 
 def template_error(tokenizer, error: Exception) -> SpkitError:

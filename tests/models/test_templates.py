@@ -82,6 +82,14 @@ def test_a_system_role_that_is_refused_is_no_fault():
     assert shown(checked(PLAIN, system="Be kind.")) == "<s><system>Be kind.<user>How?<assistant>"
 
 
+def test_a_template_that_must_have_a_system_turn():
+    refuses = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    template = refuses + "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+    with pytest.raises(SpkitError, match="no system; with a backbone.system_prompt it can be"):
+        checked(template)
+    assert shown(checked(template, system="Be kind.")).startswith("Be kind.</s>How?")
+
+
 def test_it_is_told_when_the_tokenizer_is_loaded(checkpoints, tmp_path):
     own = {"chat_template": "{% if %}"}
     with pytest.raises(SpkitError, match="llama' is no valid Jinja, line 1"):
