@@ -140,10 +140,21 @@ def test_columns_without_a_name_are_left_out():
         ("commas.tsv", CSV),
         ("spaces.csv", f' goal , target \n{GOAT}, first take ink\n"hide it, now", "then wait"\n'),
         ("blank.csv", "\n" + CSV.replace("ink\n", "ink\n\n")),
+        ("rows.csv", CSV.replace("ink\n", "ink\n,\n") + ",\n,\n"),
+        (
+            "said.csv",
+            f"sep=;\r\ngoal;target\r\n{GOAT};first take ink\r\nhide it, now;then wait\r\n",
+        ),
+        ("said.tsv", "sep=,\n" + CSV),
     ],
 )
 def test_csv_of_other_programs(name, content):
     assert texts(name, content) == TEXTS
+
+
+def test_a_text_of_a_megabyte():
+    long = "ink and " * 125_000
+    assert texts("long.csv", f"goal,target\ndye it,{long}x\n") == [("dye it", f"{long}x")]
 
 
 def test_utf_16_is_said():
@@ -297,6 +308,9 @@ def test_chats_and_templates_are_no_prompts():
     assert refused("b.jsonl", lines * 2, "own").startswith(
         "b.jsonl: each prompt begins with a mark of a chat template"
     )
+    for begins in ("\n\nHuman: dye it\n\nAssistant:", "### Instruction:\ndye it\n\n### Response:"):
+        again = json.dumps({**row, "prompt": begins}) + "\n"
+        assert "begins with a mark of a chat template" in refused("d.jsonl", again * 2, "own")
     assert len(texts("c.jsonl", f"{lines}{PAIR}\n", "own")) == 2  # one among others is let through
 
 
@@ -321,6 +335,15 @@ def test_own_files():
 def test_a_label_of_xstest_that_is_a_number():
     sentence = refused("x.csv", "type,prompt,label\nhomonyms,a,0\n", "xstest", "evaluation")
     assert sentence == "x.csv, row 1: label is '0', allowed: safe, unsafe"
+
+
+def test_a_folder_of_save_to_disk_says_what_to_do():
+    Path("saved").mkdir()
+    for name in ("dataset_info.json", "dataset_dict.json"):
+        Path("saved", name).write_text("{}")
+        sentence = refused("saved", None, "own")
+        assert "written by save_to_disk" in sentence and "to_parquet(" in sentence
+        Path("saved", name).unlink()
 
 
 def test_a_folder_with_several_configs_is_read_by_config_and_split():

@@ -7,6 +7,7 @@ one of its values could be read. Every error names the file and the row. packed.
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from spkit.data.readers.rows import shown
 from spkit.errors import SpkitError
 
 SEPARATORS = (",", ";", "\t")
+SEPARATOR_LINE = re.compile(r'"?sep=([,;\t])"?[,;\t]*\r?\n', re.IGNORECASE)
 Row = tuple[str, int, dict[str, Any]]  # ("file, row 3", 3, {column: value})
 
 
@@ -27,17 +29,22 @@ Row = tuple[str, int, dict[str, Any]]  # ("file, row 3", 3, {column: value})
 def csv_rows(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV or TSV file; columns without a name, as an index has none, are left out.
 
-    The separator is the suffix's own, or another of SEPARATORS where the header has only that.
+    The separator is the suffix's own, or another of SEPARATORS where the header has only that, or
+    what a first line "sep=;" says, as spreadsheets write one. Rows without any text are left out.
     SpkitError for a column that is there twice and a row with more or fewer fields than the header.
     """
     text = decoded(path)
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # of the process; 131072 before
+    said = SEPARATOR_LINE.match(text)
+    text = text[said.end() :] if said else text
     usual = "\t" if format_of(path)[0] == ".tsv" else ","
+    usual = said[1] if said else usual
     rows: list[dict[str, str]] = []
     names: list[str] = []
     try:
         for fields in csv.reader(io.StringIO(text, newline=""), **_dialect(text, usual)):
-            if not fields:
-                continue
+            if not any(fields) and (names or not fields):
+                continue  # a blank line, also as spreadsheets write it: ";;"
             if not names:
                 names = _names(path, fields)
             else:

@@ -18,6 +18,7 @@ SHOWN = 40  # characters of a wrong value that an error may show
 MESSAGE = (("role", "content"), ("from", "value"))  # keys of one message of a chat
 CHATS = ("messages", "conversations", "conversation")  # columns that hold chats
 TURNS = (  # how a prompt begins that a chat template was put around already
+    *("Human:", "### Human:", "USER:", "User:", "### Instruction:", "Below is an instruction"),
     *("<|im_start|>", "<|begin_of_text|>", "<|start_header_id|>", "<start_of_turn>", "<bos>"),
     *("[INST]", "<s>[INST]", "<s> [INST]", "<|user|>", "<|system|>", "<|endoftext|>"),
 )

@@ -31,6 +31,8 @@ from spkit.system import pypi
 from spkit.system.pointers import refuse_empty, refuse_pointer
 from spkit.validation import nearest
 
+SAVED = ("dataset_info.json", "dataset_dict.json")  # of datasets' save_to_disk; the first is
+# in each split's folder, the second above several
 REMEMBERED = 4  # data sets of which a process keeps the records, so that no stage reads one twice
 
 
@@ -64,6 +66,11 @@ def resolve(data: DataConfig, name: str, key: str, *, fetch: bool = True) -> Sou
         )
     if Path(name).is_file():
         return SourceConfig(reader="own", path=name)
+    if Path(name).is_dir():
+        raise SpkitError(
+            f"{key} is {name!r}, which is a folder: name a file in it, or give the folder a name "
+            f"in data.sources, with reader, path and split"
+        )
     sandbox = ["sandbox"] * (key in ("data.harmful", "data.evaluation", "utility.perplexity"))
     known = [*sandbox, *data.sources]
     near = nearest(name, known, otherwise=", ".join([*known, "a file"]))
@@ -232,6 +239,11 @@ def _parquet(path: Path) -> list[dict[str, Any]]:
 def _folder(path: Path, config: str | None, split: str) -> list[dict[str, Any]]:
     for file in sorted(file for file in path.rglob("*") if is_data_name(file)):
         refuse_pointer(file)
+    if any((path / name).is_file() for name in SAVED):
+        raise SpkitError(
+            f"{path}: was written by save_to_disk, which is not read; write it as Parquet: "
+            f"datasets.load_from_disk({str(path)!r}).to_parquet(FILE), of one split"
+        )
     try:
         return _stream(str(path), **_named(config), split=split)
     except Exception as error:
