@@ -6,12 +6,10 @@ benign-behaviors.csv. No column says which of the two a row is, so `split` or th
 harmful or benign. Benign ones measure over-safety. A target is an *opening*, as in AdvBench.
 """
 
-from pathlib import Path
-
 from spkit.config import SourceConfig
 from spkit.data.readers.record import Record
 from spkit.data.readers.rows import choice, identifier, text, unique
-from spkit.data.readers.source import hub_part, load_rows, remembered
+from spkit.data.readers.source import hub_part, load_rows, part_of, remembered
 from spkit.errors import SpkitError
 
 SPLITS = ("harmful", "benign")
@@ -68,15 +66,5 @@ def _rows(source: SourceConfig) -> tuple[Record, ...]:
 
 def _split(source: SourceConfig) -> str:
     """ "harmful" or "benign", of `split` or, where that says neither, of the file's name."""
-    said = hub_part(source)[1]
-    named = [split for split in SPLITS if split in Path(source.path).name.lower()]
-    if said in SPLITS and named in ([], [said]):
-        return said
-    if said in SPLITS:
-        raise SpkitError(f"{source.path}: its split is {said!r}, but its name says {named[0]}")
-    if said == "train" and len(named) == 1:
-        return named[0]
-    raise SpkitError(
-        f"{source.path}: its split is {said!r}, allowed for the reader jailbreakbench: harmful, "
-        f"benign (no column says which of them the rows are)"
-    )
+    named = {split: split for split in SPLITS}
+    return part_of(source, hub_part(source)[1], named, "which of them the rows are")

@@ -7,13 +7,10 @@ the others measure over-safety. There are no responses: as D_h or-bench-toxic ne
 `data.responses`.
 """
 
-from pathlib import Path
-
 from spkit.config import SourceConfig
 from spkit.data.readers.record import Record
 from spkit.data.readers.rows import choice, identifier, text, unique, without_responses
-from spkit.data.readers.source import load_rows, remembered
-from spkit.errors import SpkitError
+from spkit.data.readers.source import load_rows, part_of, remembered
 
 TOXIC = "or-bench-toxic"
 PARTS = ("or-bench-80k", "or-bench-hard-1k", TOXIC)
@@ -53,16 +50,6 @@ def _rows(source: SourceConfig) -> tuple[Record, ...]:
 
 def _part(source: SourceConfig) -> str:
     """One of PARTS, of `split` (also with /train behind it) or, where it is train, of the name."""
+    named = {part: part.removeprefix("or-bench-") for part in PARTS}
     said = source.split.removesuffix("/train")
-    name = Path(source.path).name.lower()
-    named = [part for part in PARTS if part.removeprefix("or-bench-") in name]
-    if said in PARTS and named in ([], [said]):
-        return said
-    if said in PARTS:
-        raise SpkitError(f"{source.path}: its split is {said!r}, but its name says {named[0]}")
-    if said == "train" and len(named) == 1:
-        return named[0]
-    raise SpkitError(
-        f"{source.path}: its split is {source.split!r}, allowed for the reader orbench: "
-        f"{', '.join(PARTS)} (no column says whether the prompts are harmful)"
-    )
+    return part_of(source, said, named, "whether the prompts are harmful")

@@ -9,7 +9,7 @@ The readers know what a row means. This file imports `datasets` only when rows a
 
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, wraps
 from pathlib import Path
@@ -137,6 +137,26 @@ def hub_part(source: SourceConfig, config: str | None = None) -> tuple[str | Non
     """(config, split): what stands before a slash in `split` is the config, else `config`."""
     named, slash, split = source.split.rpartition("/")
     return (named if slash else config), split
+
+
+def part_of(source: SourceConfig, said: str, names: Mapping[str, str], what: str) -> str:
+    """Which part of a data set a source is, where no column tells: of `split`, or of the name.
+
+    said: what `split` says. names: {part: what a file's name has of it}. what: it is that no column
+    says, for the sentence of a SpkitError where neither tells, or both differently.
+    """
+    name = Path(source.path).name.lower()
+    named = [part for part, known in names.items() if known in name]
+    if said in names and named in ([], [said]):
+        return said
+    if said in names:
+        raise SpkitError(f"{source.path}: its split is {said!r}, but its name says {named[0]}")
+    if said == "train" and len(named) == 1:
+        return named[0]
+    raise SpkitError(
+        f"{source.path}: its split is {source.split!r}, allowed for the reader {source.reader}: "
+        f"{', '.join(names)} (no column says {what})"
+    )
 
 
 @contextmanager
