@@ -1,5 +1,6 @@
 """The tables of the experiment on files of a few answers, against numbers that are worked out."""
 
+import gc
 import json
 
 import numpy as np
@@ -143,7 +144,13 @@ def test_differences_and_against(tables, name, reference, expected):
     assert (below, row["backbones"]) == (1, 2)  # on the other a draw may be of s1 and mask 0 alone
 
 
-def test_holm_is_that_of_statsmodels(tables):
+@pytest.fixture
+def quick_holm(monkeypatch):
+    """statsmodels looks for garbage at every call, which takes long beside torch."""
+    monkeypatch.setattr(gc, "collect", lambda *_: 0)
+
+
+def test_holm_is_that_of_statsmodels(tables, quick_holm):
     """Within each tuned, score and metric."""
     seen = set()
     for name in ("differences", "against"):
@@ -154,7 +161,7 @@ def test_holm_is_that_of_statsmodels(tables):
     assert len(seen) > 2  # once, twice, and at most 1
 
 
-def test_holm_of_many_values_in_any_order_and_with_ties():
+def test_holm_of_many_values_in_any_order_and_with_ties(quick_holm):
     from spkit.comparison.bootstrap import holm
 
     rng = np.random.default_rng(0)

@@ -30,6 +30,7 @@ from spkit.evaluation.thoughts import without_thoughts
 from spkit.examples import EvalPrompt
 from spkit.system.out_of_memory import empty_cache
 
+MODELS = ("classifier", "generative")  # judges that load one
 DECIDING = "verdict"  # the column of the first judge; those of the others are "verdict (<name>)"
 
 
@@ -152,8 +153,9 @@ def _verdicts(
         verdicts = [dict(zip(given, said, strict=True)).get(i, "unfinished") for i in rows]
     finally:
         del judge
-        gc.collect()
-        empty_cache()
+        if name in MODELS:  # nothing else holds memory that is worth a look at all objects
+            gc.collect()
+            empty_cache()
     unclear = verdicts.count("unclear")
     if unclear:
         print(f"The judge {name!r} gave no clear answer on {unclear} of {len(rows)} responses.")
