@@ -240,6 +240,33 @@ def _fits(
     if name != there:
         yield f"The files call {name!r} {there!r}; the patch file will, too"
     yield from left_out(model)
+    _check_factors(model, targets)  # last: it changes the model
+
+
+def _check_factors(model, targets: Sequence[str] | str) -> None:
+    """SpkitError where PEFT puts no factors on a target, which training would meet behind notebook
+    00. Of models with experts it takes some names for theirs, and of Mamba it refuses some."""
+    from peft import LoraConfig, get_peft_model
+
+    from spkit.models.targets import KEY, leaf
+    from spkit.models.weights import target_weights
+
+    paths = [name.removesuffix(".weight") for name in target_weights(model, targets)]
+    try:
+        with _quiet():
+            own = LoraConfig(r=1, target_modules=list(paths), task_type="CAUSAL_LM")
+            wrapped = get_peft_model(model, own)
+    except Exception as error:  # of several kinds, by architecture
+        raise SpkitError(f"{KEY} is {targets!r}: PEFT refuses it: {first_line(error)}") from None
+    layers = target_weights(wrapped, targets)
+    bare = [name for name, layer in layers.items() if not hasattr(layer, "lora_A")]
+    if bare:
+        lost = {leaf(name.removesuffix(".weight")) for name in bare}
+        rest = [name for name in dict.fromkeys(map(leaf, paths)) if name not in lost]
+        raise SpkitError(
+            f"{KEY} is {targets!r}: PEFT takes {bare[0]!r} for a part of the experts and puts no "
+            f"factors on it; set it to [{', '.join(rest)}]."
+        )
 
 
 def check_loads(folder: str | Path, maker: str) -> int:

@@ -8,6 +8,7 @@ import families
 import pytest
 import tiny
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from spkit.errors import SpkitError
@@ -198,6 +199,29 @@ def test_a_value_that_transformers_does_not_expect_is_one_sentence(folder, value
     edit(folder / "config.json", **values)
     (found,) = problems(folder)
     assert re.search(said, found) and "\n" not in found
+
+
+EXPERTS = {
+    **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 64},
+    **{"num_attention_heads": 4, "num_key_value_heads": 4, "n_routed_experts": 4},
+    **{"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16},
+    **{"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4},
+    **{"v_head_dim": 8, "first_k_dense_replace": 1, "n_shared_experts": 1},
+}
+
+
+def test_layers_that_peft_puts_no_factors_on(tmp_path):
+    """Both ended notebook 01 in a traceback, behind all answers of notebook 00."""
+    mamba = transformers.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=64)
+    transformers.MambaForCausalLM(mamba).save_pretrained(tmp_path / "mamba")
+    (said,) = problems(tmp_path / "mamba", "auto")
+    assert "derivation.lora.targets is 'auto': PEFT refuses it: " in said and "out_proj" in said
+    deep = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**EXPERTS))
+    deep.save_pretrained(tmp_path / "deep")
+    (said,) = problems(tmp_path / "deep", "auto")
+    names = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
+    assert said.endswith(f"puts no factors on it; set it to [{', '.join(names)}].")
+    assert problems(tmp_path / "deep", names) == []
 
 
 def test_weights_in_pickles_only(folder):
