@@ -9,6 +9,7 @@ transformers loads tensors without content ("meta") under the files' names: what
 would miss later, too.
 """
 
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -119,8 +120,12 @@ def _files(folder: Path) -> Iterator[str]:
                 if path.suffix == ".safetensors":
                     with path.open("rb") as file:
                         read_header(file, path)
+                elif path.suffix == ".json" and path.name != "config.json":
+                    json.loads(path.read_bytes())  # transformers skips some that are damaged
             except SpkitError as error:
                 yield str(error)
+            except (ValueError, RecursionError) as error:
+                yield f"{path} is no JSON: {first_line(error)}; was it cut?"
             except OSError as error:
                 yield f"{path} cannot be read: {error.strerror}"
 

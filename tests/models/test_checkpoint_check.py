@@ -65,6 +65,13 @@ def test_everything_that_is_wrong_is_told_at_once(tmp_path):
     assert len(found) == 5
 
 
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer.json", INDEX])
+def test_a_damaged_json_file_is_named(name, folder):
+    (folder / name).write_text('{"eos_token_id": 2, "pad')
+    (said,) = problems(folder)
+    assert f"{name} is no JSON: " in said and "\n" not in said
+
+
 def test_weights_without_a_prefix_are_remarked(tmp_path):
     families.save("qwen3", tmp_path)
     (said,) = check_checkpoint(tmp_path, None, USUAL)
