@@ -173,7 +173,12 @@ def template_of(tokenizer) -> str:
     """The text of the template that prompts are rendered with. SpkitError if there is none."""
     own = getattr(tokenizer, "chat_template", None)
     if isinstance(own, dict):
-        own = own.get("default")
+        if "default" not in own:
+            raise SpkitError(
+                f"The tokenizer of {_source(tokenizer)!r} has chat templates named "
+                f"{', '.join(own)} and no default; give the text of one as backbone.chat_template."
+            )
+        own = own["default"]
     if own is None:
         raise SpkitError(
             f"The tokenizer of {_source(tokenizer)!r} has no chat template; use an "

@@ -115,6 +115,13 @@ def test_a_checkpoint_without_a_template_takes_one(tmp_path):
 # ---- arguments
 
 
+def test_named_templates_without_a_default_are_named():
+    tokenizer = tiny.byte_tokenizer({"tool_use": PLAIN, "rag": PLAIN})
+    with pytest.raises(SpkitError, match="named tool_use, rag and no default; give the text of"):
+        check_template(tokenizer)
+    check_template(tiny.byte_tokenizer({"tool_use": "x", "default": PLAIN}))
+
+
 def test_arguments_reach_every_rendering():
     on, off = checked(THINKING), checked(THINKING, {"enable_thinking": False})
     assert shown(on) == "<s><user>How?<assistant>"
