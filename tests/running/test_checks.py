@@ -82,6 +82,7 @@ CASES = {
         {"continual__stages": [["colouring"], ["teasing"]]},
         "'teasing'",
     ),
+    "braces": ({"outputs": "params/a{b}"}, "must be without braces: Snakemake fills them"),
     "a long name": ({"outputs": "params/" + "a" * 300}, "cannot be: File name too long"),
     "a mirror": ({"mirror": "/no/such/mount"}, "mirror"),
     "a prompt file": (

@@ -29,6 +29,8 @@ def folders(config: Config) -> Iterator[Finding]:
 
 def _writable(folder: Path, key: str, value: str) -> str:
     """The folder; SpkitError where it cannot be made or written to. Nothing is made."""
+    if "{" in value or "}" in value:
+        raise SpkitError(f"{key} is {value!r}, must be without braces: Snakemake fills them")
     try:
         here = _existing(folder)
     except OSError as error:  # a name that is too long, a folder that may not be looked into
