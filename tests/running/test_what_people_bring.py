@@ -204,6 +204,27 @@ def test_an_adapter_that_does_not_fit(brought):
     assert "derivation.se" in said and "IA3" in said
 
 
+def test_one_adapter_as_both_patches(brought):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(brought / "backbone")
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(model, lora).save_pretrained(brought / "mine")
+    both = {"derivation__se": str(brought / "mine"), "derivation__osm": str(brought / "mine")}
+    assert "is the same adapter as derivation.se" in refused(parameters(brought, **both), brought)
+    one = {"derivation__se": str(brought / "mine")}
+    assert checks.problems(checks.findings(parameters(brought, **one))) == []
+
+
+def test_what_is_only_odd_is_a_remark(brought):
+    arguments = {"backbone__chat_template_arguments": {"enable_thinking": False}}
+    found = checks.findings(parameters(brought, **arguments))
+    assert checks.problems(found) == []
+    (said,) = [each.said for each in found if each.key == "remark"]
+    assert "enable_thinking" in said
+
+
 # ---- data ----------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import redirect_stdout
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -38,9 +39,16 @@ def findings(config: Config, *, stage: str | None = None, fetch: bool = False) -
     sections = {name for each in STAGES.values() for name in each.sections}
     if stage not in (None, FIRST):
         sections = set(STAGES[stage].sections)
-    with redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the notebooks say it again, where it counts
-        return list(_looked(config, sections, fetch))
+    with redirect_stdout(io.StringIO()), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        found = list(_looked(config, sections, fetch))
+    own = dict.fromkeys(str(w.message) for w in told if _of_the_kit(w))
+    return found + [Finding("remark", said, ok=None) for said in own]
+
+
+def _of_the_kit(warning: warnings.WarningMessage) -> bool:
+    """Not what a library says to those who build on it."""
+    return warning.category is UserWarning and "spkit" in Path(warning.filename).parts
 
 
 def _looked(config: Config, sections: set[str], fetch: bool) -> Iterator[Finding]:

@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from spkit.config import Config
-from spkit.models.adapters import check_adapter, linear_shapes
+from spkit.models.adapters import WEIGHTS, check_adapter, linear_shapes
 from spkit.models.checkpoint_check import checkpoint_problems
 from spkit.models.gguf import is_gguf
 from spkit.running.checks.finding import Finding, looked
 from spkit.running.shape import model_on_meta, shape_of
+from spkit.system.fingerprint import digests
 
 
 def files(config: Config, folder: Path, derives: bool) -> Iterator[Finding]:
@@ -24,10 +25,19 @@ def layers(config: Config) -> Iterator[Finding]:
     """The layers that get a patch, and the adapters that take a patch's place."""
     own = config.derivation
     yield looked("derivation.lora.targets", lambda: _targets(config))
-    given = {key: getattr(own, key) for key in ("se", "osm")}
+    given = {key: getattr(own, key) for key in ("se", "osm") if getattr(own, key) is not None}
     for key, folder in given.items():
-        if folder is not None:
-            yield looked(f"derivation.{key}", lambda folder=folder: _adapter(config, folder))
+        yield looked(f"derivation.{key}", lambda folder=folder: _adapter(config, folder))
+    if len(given) == 2:
+        yield from _same(*(Path(folder) / WEIGHTS for folder in given.values()))
+
+
+def _same(se: Path, osm: Path) -> Iterator[Finding]:
+    if not (se.is_file() and osm.is_file()):
+        return
+    if len(set(digests({"se": se, "osm": osm}).values())) == 1:
+        said = "is the same adapter as derivation.se: no weight would be in either difference set"
+        yield Finding("derivation.osm", said, ok=False)
 
 
 def _targets(config: Config) -> str:
