@@ -16,9 +16,12 @@ from typing import Any, get_args
 from spkit.config import Config, ContinualMethod, SandboxConfig, load_params
 from spkit.data.inputs import of_data
 from spkit.errors import SpkitError
+from spkit.running.runs import run_folder
 from spkit.validation import dotted_keys, flattened, read_yaml
 
 PARAMS = Path("params")
+OWNER = "params_file.txt"  # in the run's log folder: which params file made what is there
+METHOD = ("derivation", "importance", "patching")
 # of a run, not of what it computes
 PLACES = ("run_name", "seed", "outputs", "mirror", "threads")
 LM_EVAL = ("include_path", "sources", "limit", "limit_seed", "num_fewshot", "chat_template")
@@ -196,7 +199,11 @@ def changed(config: Config, before: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def file_of(config: Config) -> Path | None:
-    """The one file in params/ whose run_name is the run's; None where there is none or several."""
+    """The params file that the run folder was made with by `spkit run`, else the one in params/ of
+    the same run_name; None where there is none, or several."""
+    note = run_folder(config) / "log" / OWNER
+    if note.is_file() and (owner := Path(note.read_text(encoding="utf-8").strip())).is_file():
+        return owner
     found = []
     for path in sorted(PARAMS.glob("*.yaml")):
         try:
@@ -231,6 +238,29 @@ def differences(config: Config, params: Path | None = None) -> str:
 def _short(value: Any) -> str:
     text = "null" if value is None else str(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def left_out(config: Config, namespace: Mapping[str, Any]) -> list[str]:
+    """A sentence for each section of the method of which a real backbone's run names a part only.
+
+    namespace: a notebook's variables. What is not named is as in the sandbox, which is seldom meant
+    for another model. Nothing is said where the run's params file is known: there is the table.
+    """
+    if config.backbone.source == "sandbox" or file_of(config) is not None:
+        return []
+    said = []
+    for section in METHOD:
+        named, fields = namespace.get(section) or {}, type(getattr(config, section)).model_fields
+        missing = [key for key in fields if key not in named]
+        if missing and isinstance(named, Mapping):
+            said.append(f"{section}: as in the sandbox, for they are not named: {listed(missing)}")
+    return said
+
+
+def listed(names: list[str], most: int = 6) -> str:
+    """ "a, b, c and 4 more"."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def remarks(config: Config, given: Mapping[str, Any], params: Path | None = None) -> str:

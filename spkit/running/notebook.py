@@ -22,7 +22,7 @@ from spkit.paths import repository_root
 from spkit.running import checks
 from spkit.running.aligned import after_alignment
 from spkit.running.dotted import show_errors_as_sentences
-from spkit.running.effects import remarks
+from spkit.running.effects import left_out, remarks
 from spkit.running.runs import STAGES, Run, run_folder
 from spkit.system.determinism import make_deterministic
 from spkit.validation import Section, nearest, refuse_tokens
@@ -48,6 +48,8 @@ def start(stage: str, namespace: Mapping[str, Any]) -> tuple[Config, Run]:
     values = {key: namespace[key] for key in Config.model_fields if key in namespace}
     config = Config.from_sources(values, namespace.get("overrides"))
     if said := remarks(config, namespace.get("overrides") or {}):
+        print(said)
+    for said in left_out(config, namespace):
         print(said)
     checks.require(config, stage)  # before any work, and before the folder is opened
     make_deterministic(config.seed, config.threads)

@@ -25,7 +25,7 @@ from spkit.errors import SpkitError
 from spkit.paths import at_root
 from spkit.running import checks
 from spkit.running.aligned import align
-from spkit.running.effects import remarks
+from spkit.running.effects import OWNER, remarks
 from spkit.running.notebook import why_failed
 from spkit.running.runs import (
     STAGES,
@@ -43,7 +43,6 @@ from spkit.validation import read_value
 
 # seconds on two cores, one thread a notebook; used where no run has been timed yet
 SANDBOX_SECONDS = dict(zip(STAGES, (10, 35, 14, 25, 90, 18), strict=True))
-OWNER = "params_file.txt"  # in the run's log folder: which params file made what is there
 SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_TO_END = 5  # what an interrupted notebook gets before it is killed
 

@@ -106,3 +106,28 @@ def test_a_file_is_found_by_its_run_name_unless_two_have_it(monkeypatch, tmp_pat
     Path("params/c.yaml").write_text("run_name: mine\n")
     assert effects.file_of(config) is None
     assert effects.differences(config, Path("params/gone.yaml")) == ""
+
+
+def test_what_a_real_backbone_s_notebook_leaves_to_the_sandbox_is_told(monkeypatch, tmp_path):
+    """Without a params file that the run could be held against."""
+    monkeypatch.chdir(tmp_path)
+    given = {"backbone": {"source": "a/b"}, "patching": {"beta": 2}, "run_name": "mine"}
+    config = Config.from_sources(given)
+    derivation, importance, patching = effects.left_out(config, given)
+    assert patching.startswith(
+        "patching: as in the sandbox, for they are not named: retention_rate"
+    )
+    assert "beta" not in patching and "samples" in importance and "quantization" in derivation
+    whole = {**given, **{s: getattr(config, s).model_dump() for s in effects.METHOD}}
+    assert effects.left_out(config, whole) == effects.left_out(Config(), {}) == []
+
+
+def test_the_file_that_spkit_run_was_given_comes_first(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("run_name: mine\npatching: {beta: 3}\n")
+    note = tmp_path / "outputs/mine/seed-0/log" / effects.OWNER
+    note.parent.mkdir(parents=True)
+    note.write_text("mine.yaml\n")
+    config = Config(run_name="mine")
+    assert effects.file_of(config) == Path("mine.yaml")
+    assert effects.differences(config).splitlines()[1].split() == ["patching.beta", "3.0", "1.71"]
