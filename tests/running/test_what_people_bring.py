@@ -281,3 +281,12 @@ def test_all_of_it_at_once(brought):
     for words in ("bitsandbytes 4-bit", "git lfs pull", "helaswag", "gone.jsonl", "LibrAI"):
         assert words in said
     assert Path(brought / "data").is_dir()
+
+
+def test_a_pair_that_is_longer_than_the_context(brought):
+    path = brought / "data" / "beavertails_train.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[0]["response"] = " ".join([rows[0]["response"]] * 40)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = refused(parameters(brought, data__max_tokens=512, data__pairs=None), brought)
+    assert "data.harmful (as read)" in said and "the model reads 96" in said
