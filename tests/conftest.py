@@ -16,3 +16,18 @@ def checkpoints(tmp_path_factory) -> dict:
     """{architecture: folder} of complete tiny checkpoints; not to be written to."""
     root = tmp_path_factory.mktemp("checkpoints")
     return {name: tiny.save(root / name, name) for name in tiny.ARCHITECTURES}
+
+
+# files that run notebooks: a minute and more each. They come first, so that no process is left with
+# one of them while the others are done
+LONGEST = (
+    *("running/test_notebooks.py", "study/test_real.py", "models/test_architectures.py"),
+    *("comparison/test_experiment.py", "running/test_runs.py", "running/test_solutions.py"),
+    *("models/test_families.py", "tuning/test_patch.py", "running/test_memory.py"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    """A file's own order stays."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get("/".join(item.path.parts[-2:]), len(places)))
