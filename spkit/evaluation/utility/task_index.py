@@ -19,9 +19,8 @@ from spkit.evaluation.utility.own_tasks import BUILDERS, check_own_tasks, unread
 from spkit.system.files import cache_folder, once
 from spkit.validation import nearest
 
-Index = dict[
-    str, dict[str, Any]
-]  # {name: {"parts": names of a group's or tag's, "documents": str}}
+# {name: {"parts": names of a group's or tag's, "documents": str}}
+Index = dict[str, dict[str, Any]]
 
 
 def check_tasks(utility: UtilityConfig) -> None:
