@@ -284,5 +284,8 @@ def write_template(tokenizer, folder: str | Path) -> None:
         for name, value in arguments_of(tokenizer).items()
         if name in known
     ]
+    # a line end after a tag is not shown; without it, the template's own first one would be lost,
+    # and blanks before its first tag would be shown
+    text = "\n".join([*defaults, template_of(tokenizer)])
     with atomic(Path(folder) / JINJA_FILE) as path:
-        path.write_text("".join(defaults) + template_of(tokenizer), encoding="utf-8")
+        path.write_text(text, encoding="utf-8")

@@ -225,3 +225,14 @@ def test_a_patched_folder_carries_the_template_and_its_arguments(checkpoints, tm
     said = rendered(carried, turns, tokenize=False)
     assert said == rendered(own, turns, tokenize=False)
     assert said.startswith("it's so <s><user> mend")
+
+
+@pytest.mark.parametrize(
+    "before", ["\n\n", "  {% if flag %}{% endif %}", "  ", "\n  {# of ours #}"]
+)
+def test_what_stands_before_a_template_s_first_tag_is_kept(before, tmp_path):
+    """transformers drops a line end after a tag, and the blanks before one in a line of its own."""
+    own = checked(f"{before}{PLAIN}{{{{ tone }}}}", {"tone": "it's so"})
+    write_template(own, tmp_path)
+    carried = tiny.byte_tokenizer((tmp_path / "chat_template.jinja").read_text())
+    assert shown(carried) == shown(own)
