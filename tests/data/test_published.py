@@ -95,6 +95,12 @@ def test_harmbench(suffix, capsys):
     ]
     assert "hb." in (said := capsys.readouterr().out) and "1 on copyright left out" in said
     assert all(r.response == "" for r in read(source("harmbench", path), "D_h"))
+    (only,) = found("harmbench", path, split="contextual")
+    assert only[0] == "context" and "1 contextual behaviours; 2 left" in capsys.readouterr().out
+    with pytest.raises(SpkitError, match="all behaviours are on copyright"):
+        found("harmbench", path, split="copyright")
+    with pytest.raises(SpkitError, match="no row has the FunctionalCategory 'contextual'"):
+        found("harmbench", write(f"one.{suffix}", HARMBENCH), split="contextual")
 
 
 def test_harmbench_on_the_hub_is_the_standard_config_or_the_one_that_split_says(hub):
@@ -189,6 +195,9 @@ def test_sorrybench_reads_one_style(suffix, capsys, hub):
     with pytest.raises(SpkitError, match="no row has the prompt_style 'morse', one is needed"):
         found("sorrybench", path, split="morse", **options)
     assert all(call[1:] == (None, "train") for call in hub.calls)
+    if suffix != "parquet":
+        with pytest.raises(SpkitError, match="its split is 'translate_fr', allowed .*translate-fr"):
+            found("sorrybench", path, split="translate_fr")
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])

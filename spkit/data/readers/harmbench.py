@@ -3,7 +3,8 @@
 The authors' CSV files (harmbench_behaviors_text_all, _val, _test) have the columns
 `Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID`; walledai/HarmBench on
 the hub has `prompt,category` and, in its config contextual, `context`. On the hub `split` says the
-config: standard (also where it is train) or contextual.
+config: standard (also where it is train) or contextual. Of the authors' files it says which rows
+are read: those of this FunctionalCategory, or all where it is train.
 
 A context goes before its behaviour, as in HarmBench. Behaviours on copyright are left out, and a
 line says how many: whether a song was said word for word is no question of harm, and HarmBench
@@ -37,7 +38,7 @@ def pairs(source: SourceConfig) -> tuple[Record, ...]:
 
     SpkitError for a bad file, row or value, a behaviour on a picture, and where none is left.
     """
-    records, left_out = [], 0
+    records, left_out, others = [], 0, 0
     columns = (("Behavior", "prompt"), ("SemanticCategory", "category", "tags"))
     for where, number, row in load_rows(source, columns, _part(source)):
         if row.get("ImageFileName"):
@@ -45,6 +46,9 @@ def pairs(source: SourceConfig) -> tuple[Record, ...]:
                 f"{where}: a behaviour on a picture, which a backbone that reads text cannot see; "
                 f"take harmbench_behaviors_text_all.csv"
             )
+        if source.split in KINDS and row.get("FunctionalCategory", source.split) != source.split:
+            others += 1
+            continue
         if _is_on_copyright(row, where):
             left_out += 1
             continue
@@ -55,10 +59,14 @@ def pairs(source: SourceConfig) -> tuple[Record, ...]:
             categories=(choice(row, column, CATEGORIES, where),),
         )
         records.append(record)
-    if not records:
+    if not records and left_out:
         raise SpkitError(f"{source.path}: all behaviours are on copyright, another one is needed")
+    if not records:
+        raise SpkitError(f"{source.path}: no row has the FunctionalCategory {source.split!r}")
     if left_out:
         print(f"{source.path}: {len(records)} behaviours; {left_out} on copyright left out.")
+    if others:
+        print(f"{source.path}: {len(records)} {source.split} behaviours; {others} left out.")
     return unique(source.path, records)
 
 

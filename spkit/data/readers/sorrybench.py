@@ -12,7 +12,7 @@ from typing import Any
 from spkit.config import SourceConfig
 from spkit.data.readers.record import Record
 from spkit.data.readers.rows import choice, identifier, literal, shown, text, unique
-from spkit.data.readers.source import hub_part, load_rows, remembered
+from spkit.data.readers.source import hub_part, is_local, load_rows, remembered
 from spkit.errors import SpkitError
 
 CATEGORIES = 45  # numbers from 1
@@ -30,6 +30,11 @@ def pairs(source: SourceConfig) -> tuple[Record, ...]:
 
     SpkitError for a bad file, row or value, and where no row has the style.
     """
+    if is_local(source.path) and source.split not in ("train", *STYLES):
+        raise SpkitError(
+            f"{source.path}: its split is {source.split!r}, allowed for the reader sorrybench: "
+            f"train (style base), or one of {', '.join(STYLES)}"
+        )
     style = source.split if source.split in STYLES else "base"
     part = (None, "train") if source.split in STYLES else hub_part(source)
     records, others = [], 0
