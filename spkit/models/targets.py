@@ -1,6 +1,6 @@
 """The rule behind derivation.lora.targets: which linear layers get factors, by their paths alone.
 
-    [q_proj, up_proj]       every linear layer with one of these last names
+    [q_proj, mlp.up_proj]   every linear layer whose path ends in one of these names, as in PEFT
     auto                    attention and MLP of the decoder layers, without the routers of a MoE
     all-linear              every linear layer of the decoder layers
     .*layers\\.[0-3]\\..*_proj    another text: a regular expression of the whole path, as in PEFT
@@ -23,6 +23,11 @@ def leaf(path: str) -> str:
     return path.rpartition(".")[2]
 
 
+def is_named(path: str, names: Sequence[str]) -> bool:
+    """Whether a path is one of these names or ends in one, in whole parts: "mlp.up_proj"."""
+    return any(path == name or path.endswith(f".{name}") for name in names)
+
+
 def chosen(
     linear: Sequence[str], targets: Sequence[str] | str, stack: str, others: Mapping[str, str]
 ) -> list[str]:
@@ -33,10 +38,10 @@ def chosen(
     SpkitError for a name, a rule or a regular expression that hits nothing, or another module.
     """
     if not isinstance(targets, str):
-        unknown = [name for name in targets if name not in set(map(leaf, linear))]
+        unknown = [n for n in targets if not any(is_named(path, [n]) for path in linear)]
         if unknown:
             raise SpkitError(_unknown(unknown, linear, others))
-        return [path for path in linear if leaf(path) in set(targets)]
+        return [path for path in linear if is_named(path, targets)]
     if targets in (AUTO, ALL):
         inside = [path for path in linear if path.startswith(stack + ".")]
         found = [p for p in inside if targets == ALL or not ROUTER.fullmatch(leaf(p))]
@@ -84,5 +89,5 @@ def _there(linear: Sequence[str], others: Mapping[str, str], example: bool = Fal
     if transposed:
         said += f", and as Conv1D, whose weights this kit cannot patch, {', '.join(transposed)}"
     if example and linear:
-        said += f"; a whole path is {linear[0]!r}, and a list of names matches last names"
+        said += f"; a whole path is {linear[0]!r}, and a list of names matches the ends of paths"
     return said

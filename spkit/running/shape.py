@@ -6,7 +6,7 @@ Only the configuration of a hub model is fetched; of a GGUF file only the head i
 file does not do: say how much memory anything needs (memory.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +15,7 @@ from torch import nn
 from spkit.config import Config
 from spkit.errors import SpkitError, first_line
 from spkit.models.gguf import gguf_file, is_gguf
-from spkit.models.targets import chosen, leaf
+from spkit.models.targets import chosen, is_named, leaf
 from spkit.models.weights import (
     decoder_layers,
     decoder_path,
@@ -55,7 +55,8 @@ class Shape:
     matrices: the linear layers of the decoder, which NF4 quantises. outside: all other weights
     (embeddings, norms, lm_head; a tied lm_head counts once). query, kv: widths of all the heads
     together. checkpoint_bytes: of a weight on the disk. stack: path of the decoder layers.
-    left_out: a line for each part that no targets reach.
+    left_out: a line for each part that no targets reach. head: the one behind the decoder, where
+    it can be a target; it is not among the matrices, for NF4 leaves it alone.
     """
 
     matrices: tuple[Matrix, ...]
@@ -69,6 +70,7 @@ class Shape:
     kv: int
     vocabulary: int
     checkpoint_bytes: int
+    head: Matrix | None = None
 
     @property
     def linear(self) -> int:
@@ -82,12 +84,13 @@ class Shape:
 
     def targeted(self, targets: Sequence[str] | str) -> tuple[Matrix, ...]:
         """The matrices that `targets` names (models/targets.py), each with the number of them."""
-        paths = [path for matrix in self.matrices for path in matrix.paths]
+        matrices = (*self.matrices, *filter(None, [self.head]))
+        paths = [path for matrix in matrices for path in matrix.paths]
         if isinstance(targets, str):
             hit = set(chosen(paths, targets, self.stack, {}))
         else:
-            hit = {path for path in paths if leaf(path) in set(targets)}
-        own = ((m, tuple(path for path in m.paths if path in hit)) for m in self.matrices)
+            hit = {path for path in paths if is_named(path, targets)}
+        own = ((m, tuple(path for path in m.paths if path in hit)) for m in matrices)
         return tuple(replace(m, count=len(found), paths=found) for m, found in own if found)
 
 
@@ -159,4 +162,14 @@ def shape_of_model(model: nn.Module) -> Shape:
         kv=kv_heads * head,
         vocabulary=model.get_input_embeddings().weight.shape[0],
         checkpoint_bytes=dtype.itemsize if isinstance(dtype, torch.dtype) else 2,
+        head=_head(model, possible),
     )
+
+
+def _head(model: nn.Module, possible: Mapping[str, nn.Module]) -> Matrix | None:
+    """The output embeddings as a matrix; None where they are tied to the input's."""
+    head = model.get_output_embeddings()
+    path = next((path for path, module in possible.items() if module is head), None)
+    if path is None or head.weight is model.get_input_embeddings().weight:
+        return None
+    return Matrix(leaf(path), head.out_features, head.in_features, 1, (path,))

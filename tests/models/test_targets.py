@@ -57,6 +57,18 @@ def test_a_regular_expression_matches_the_whole_path():
     assert list(found) == [f"model.layers.1.{name}.weight" for name in names]
 
 
+def test_a_name_in_a_list_may_have_more_parts():
+    model, bare = empty("llama"), empty("llama").model
+    first = "model.layers.0.self_attn.q_proj"
+    assert leaves(model, ["self_attn.q_proj", "up_proj"]) == {"q_proj", "up_proj"}
+    assert list(target_weights(model, [first])) == [f"{first}.weight"]
+    assert list(target_weights(model, ["0.self_attn.q_proj"])) == [f"{first}.weight"]
+    assert list(target_weights(bare, ["layers.0.self_attn.q_proj"]))  # the whole of a path
+    for part in ("attn.q_proj", "mlp.q_proj", "self_attn"):
+        with pytest.raises(SpkitError, match=f"The target '{part}' is no linear layer"):
+            target_weights(model, ["up_proj", part])
+
+
 def test_a_vision_tower_s_q_proj_is_left_alone():
     model = families.model("gemma3")
     for targets in (["q_proj"], r".*\.q_proj", "auto"):

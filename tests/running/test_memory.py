@@ -63,6 +63,10 @@ def test_targets_by_rule_are_counted_as_they_are_trained(tmp_path):
     assert (first.name, first.count) == ("up_proj", 1)
     mixture = shape_of_model(families.model("mixtral"))
     assert {m.name for m in mixture.targeted("auto")} == families.LANGUAGE["mixtral"]
+    for targets in ("lm_head", ["lm_head"]):
+        (head,) = mixture.targeted(targets)
+        assert (head.name, head.rows, head.columns, head.count) == ("lm_head", 64, 32, 1)
+    assert mixture.targeted(["0.self_attn.q_proj"])[0].count == 1
     assert mixture.left_out[0].startswith("The experts (model.layers.0.mlp.experts")
     families.save("phi3", tmp_path)
     usual = {"backbone": {"source": str(tmp_path)}}
