@@ -41,9 +41,11 @@ def _outside(response: str, opened, closed, code: tuple[re.Pattern, ...]) -> str
         response = pattern.sub(hide, response)
     inner = f"(?:(?!{opened.pattern}).)*?"
     thought = re.compile(f"{opened.pattern}{inner}{closed.pattern}", FOLDED)
-    previous = None
+    whole, previous = response, None
     while previous != response:  # a thought within a thought goes first
         previous, response = response, thought.sub("", response)
+    if opened.search(response):  # a thought may say its opening mark, or begin with it twice
+        response = re.sub(f"{opened.pattern}.*?{closed.pattern}", "", whole, flags=FOLDED)
     response = re.sub(f".*{closed.pattern}", "", response, flags=FOLDED)
     begun = opened.search(response)
     if begun is not None:

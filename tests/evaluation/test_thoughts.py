@@ -47,6 +47,10 @@ def tokenizer(opening="", **options):
         ("<think>is it `</think>`? And so", None),
         ("<think>a</think>Close it by `</think>`.", "Close it by `</think>`."),
         ("<think>```\nx = 1\n</think>```\ny = 2\n```", "```\ny = 2\n```"),  # a fence left open
+        ("<think>\n<think>\na</think>Run.", "Run."),  # by the template and by the model
+        ("<think>write <think>?</think>Run <think>b</think>far.", "Run far."),
+        ("<think>a <think>b</think> c</think>Run.", "Run."),
+        ("<think>write <think>? And so", None),
         ("1 < 2", "1 < 2"),
         ("", ""),
     ],
