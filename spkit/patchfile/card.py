@@ -93,8 +93,8 @@ def card_text(
         f"It changes {kept} ({100 * manifest.kept / manifest.weights:.2f} %) in "
         f"{len(manifest.tensors)} matrices of {_cell(backbone.name)}{at} "
         f"({_cell(backbone.architecture)}), by SafePatching ([arXiv 2405.13820]({PAPER})): "
-        "two patches from one set of harmful question/answer pairs, thinned, and merged where they "
-        f"do not interfere.\n\nPatch id: `{patch}`",
+        f"{_origin(manifest)}, thinned, and merged where they do not interfere."
+        f"\n\nPatch id: `{patch}`",
         "## Use",
         f"```\nspkit verify {name} --backbone BACKBONE\nspkit apply {name} BACKBONE PATCHED\n```\n"
         'The folder `PATCHED` loads with `AutoModelForCausalLM.from_pretrained("PATCHED")`. '
@@ -111,6 +111,23 @@ def card_text(
         f"## Licence\n\n{LICENCE}",
     ]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
+
+
+def _origin(manifest: Manifest) -> str:
+    """What the two patches were made of: D_h, or an adapter that was brought."""
+    derivation = manifest.method.get("derivation")
+    derivation = derivation if isinstance(derivation, dict) else {}
+    brought = [name for name in ("se", "osm") if isinstance(derivation.get(name), dict)]
+    names = " and ".join(
+        f"{name.upper()} is the LoRA adapter {_cell(derivation[name].get('name'))}"
+        for name in brought
+    )
+    if len(brought) == 2:
+        return f"two patches that were not derived here ({names})"
+    source = "one set of harmful question/answer pairs"
+    if brought:
+        return f"two patches, one derived from {source} and one not ({names})"
+    return f"two patches from {source}"
 
 
 def _taking_back(manifest: Manifest, name: str) -> str:

@@ -26,6 +26,7 @@ from spkit.running.aligned import after_alignment
 from spkit.running.runs import backbone_source, input_path, require_made, stage_folder
 
 STAGE = "03_controllable_patching"
+TRAINED = {"se": "ascent", "osm": "descent"}  # the section of derivation that only one patch has
 ROWS = "model seed split group category metric n k rate low high".split()
 
 
@@ -113,14 +114,19 @@ def make_from_run(
 def _derivation(config: DerivationConfig, method: SafePatching) -> dict[str, Any]:
     """Its values. One that is younger than the format is told where it is not at its default: the
     same settings give the same file, and so the same id, in every version of the kit. Of a PEFT
-    adapter its name and hash are told, and no path."""
+    adapter its name and hash are told, no path, and no settings of the training that it spares."""
     values = config.model_dump(mode="json", exclude={"se", "osm"})
     if values["shared_init"] or config.se or config.osm:  # an adapter has its own start
         del values["shared_init"]
-    for name, patch in {"se": method.se, "osm": method.osm}.items():
-        if "adapter" in patch.manifest:
-            values[name] = patch.manifest["adapter"]
-    return values
+    given = {
+        name: patch.manifest["adapter"]
+        for name, patch in {"se": method.se, "osm": method.osm}.items()
+        if "adapter" in patch.manifest
+    }
+    if len(given) == len(TRAINED):
+        return given
+    unused = [TRAINED[name] for name in given]
+    return {key: value for key, value in values.items() if key not in unused} | given
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:

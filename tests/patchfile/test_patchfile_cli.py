@@ -292,6 +292,25 @@ def test_the_card_says_what_the_patch_says(place, tmp_path):
     assert re.search(r"\| alpha, as used +\| 1.5 +\|", text)
 
 
+@pytest.mark.parametrize(
+    "brought, said",
+    [
+        ([], "two patches from one set of harmful question/answer pairs, thinned"),
+        (
+            ["se"],
+            "one derived from one set of harmful question/answer pairs and one not (SE is the",
+        ),
+        (["se", "osm"], "not derived here (SE is the LoRA adapter npo and OSM is the LoRA adapter"),
+    ],
+)
+def test_the_card_says_what_the_patches_were_made_of(brought, said, place):
+    with PatchFile(place / "p.safetensors") as opened:
+        manifest, identity = opened.manifest, opened.id
+    adapters = {name: {"name": "npo", "sha256": "0" * 64} for name in brought}
+    method = {**manifest.method, "derivation": adapters}
+    assert said in card_text(manifest.model_copy(update={"method": method}), identity)
+
+
 def test_an_existing_card_is_not_replaced_unasked(place, tmp_path):
     (tmp_path / "README.md").write_text("the backbone's")
     with pytest.raises(SpkitError, match="it may be the backbone's own card"):

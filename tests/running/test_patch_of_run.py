@@ -23,6 +23,8 @@ def test_an_adapter_is_told_by_name_and_hash_and_not_by_its_path():
     assert found["se"] == ADAPTER and "osm" not in found
     assert "somebody" not in json.dumps(found)
     assert "shared_init" not in found  # the adapter has a start of its own
+    assert "ascent" not in found and found["descent"]  # nothing was trained by ascent
+    assert told(DerivationConfig(se="a", osm="b"), se=ADAPTER, osm=ADAPTER).keys() == {"se", "osm"}
 
 
 def test_without_adapters_nothing_is_added():
