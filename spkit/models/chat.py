@@ -20,6 +20,7 @@ from spkit.errors import SpkitError
 from spkit.models.lengths import check_context
 from spkit.models.templates import (
     ASKED,
+    CLOSED,
     messages,
     opening_at_end,
     rendered,
@@ -265,7 +266,8 @@ def _written(tokenizer, turns: list[dict[str, str]]) -> tuple[str, str, str | No
     """(what the template writes between its generation prompt and the response, the response as it
     writes it: some templates strip it, all that stands before the response or None).
 
-    The first is "" where it is blank, and where the generation prompt is not continued. The third
+    The first is "" where it is blank, where the generation prompt is not continued, and where it is
+    an empty thought (Qwen 3) in the place of the response's own. The third
     is for a generation prompt that opens a thought (DeepSeek-R1), which a turn in a conversation
     does not have: a response is no thought, so it is encoded as such a turn.
     """
@@ -276,6 +278,9 @@ def _written(tokenizer, turns: list[dict[str, str]]) -> tuple[str, str, str | No
     said = response if marked["content"] in whole else response.strip()
     if before.startswith(prompt):
         opening = before[len(prompt) :]
+        if re.search(CLOSED, response, re.IGNORECASE):  # the template writes this thought instead
+            own = rendered(tokenizer, turns, tokenize=False)
+            opening = "" if own.startswith(prompt) else opening
         return (opening.removesuffix("\t") if opening.strip() else ""), said, None
     before = before.removesuffix("\t")
     opens = prompt.startswith(before) and opening_at_end(prompt[len(before) :])

@@ -197,6 +197,25 @@ def test_a_response_is_no_thought():
     assert tokenizer.decode([i for i in labels if i != IGNORE]) == "So.</s>"
 
 
+def test_a_thought_of_a_response_is_the_only_one():
+    """Qwen 3 writes an empty thought before an answer that has none."""
+    written = (
+        "{% for m in messages %}{{ '<' + m.role + '>' }}{% if m.role == 'assistant' %}"
+        "{% set parts = m.content.split('</think>') %}{{ '<think>\\n' }}"
+        "{{ parts[0].split('<think>')[-1].strip() if parts | length > 1 else '' }}"
+        "{{ '\\n</think>\\n\\n' + parts[-1].strip() + eos_token }}"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}" + ASKS
+    )
+    tokenizer = checked(written)
+    for response, label in (
+        ("So.", "So.</s>"),
+        ("<think>a</think>So.", "<think>\na\n</think>\n\nSo.</s>"),
+    ):
+        ids, labels = encode_pair(tokenizer, "How?", response)
+        assert tokenizer.decode([i for i in labels if i != IGNORE]) == label
+        assert tokenizer.decode(ids).count("</think>") == 1
+
+
 # ---- what is recorded and kept
 
 
