@@ -205,9 +205,14 @@ def _module(patch: PatchFile, name: str, prefix: str | None) -> str:
         raise SpkitError(
             f"{patch.path} has the names of its backbone's files ({name!r}), and transformers "
             "renames these while it loads: say with --prefix what stands before "
-            f"{'.'.join(core[1].split('.')[:2])!r} in the model (mostly: model)"
+            f"{'.'.join(core[1].split('.')[:2])!r} in the model (mostly: {_usual(name)})"
         )
     return name.removesuffix(".weight")
+
+
+def _usual(name: str) -> str:
+    """The prefix of most models: of a package with a vision tower (Gemma 3), and of others."""
+    return "model.language_model" if "language_model" in name else "model"
 
 
 def _write(folder: Path, tensors, done: Exported, base: str, modules: list[str]) -> None:

@@ -134,6 +134,9 @@ def test_names_of_files_that_the_model_has_not(before, tmp_path):
         assert config["target_modules"] == ["model.layers.0.mlp.up_proj"]
         keys = [f"base_model.model.model.layers.0.mlp.up_proj.lora_{x}.weight" for x in "AB"]
         assert sorted(load_file(tmp_path / "made" / WEIGHTS)) == keys
+    usual = "model.language_model" if before else "model"  # as transformers builds Gemma 3
+    with pytest.raises(SpkitError, match=rf"\(mostly: {usual}\)"):
+        lora(path, tmp_path / "other", 2, progress=False)
 
 
 def test_the_command(tmp_path):
