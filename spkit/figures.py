@@ -206,7 +206,7 @@ def layer_module_maps(tables: Mapping[str, pd.DataFrame], value: str = "share") 
     scale, dark at its largest; it begins at 0, or where all values are close together at the
     smallest, and its bar says so. The numbers are percent. Modules have one order everywhere.
     """
-    tables = {title: table[table["layer"] >= 0] for title, table in tables.items()}
+    tables = {title: _in_layers(table) for title, table in tables.items()}
     layers = max(table["layer"].nunique() for table in tables.values())
     numbers = layers <= 12  # in deeper models they would be too small to read
     height = 1.6 + (0.32 if numbers else 0.18) * layers
@@ -225,6 +225,12 @@ def layer_module_maps(tables: Mapping[str, pd.DataFrame], value: str = "share") 
         ax.set_xticks(ax.get_xticks(), list(grid), rotation=60, ha="right", rotation_mode="anchor")
         ax.tick_params(axis="y", rotation=0)
     return figure
+
+
+def _in_layers(table: pd.DataFrame) -> pd.DataFrame:
+    """The matrices of the layers, without the total and the head; the head where it is alone."""
+    within = table[table["layer"] >= 0]
+    return table[table["module"] != "all"] if within.empty else within
 
 
 def _in_order(modules: pd.Series) -> list[str]:

@@ -393,6 +393,13 @@ def test_cells_of_a_matrix_are_its_scores_and_sets():
     assert np.asarray(corner) == pytest.approx(ranks[:2, :2])  # of the whole matrix's ranks
 
 
+def test_a_patch_of_the_head_alone_has_a_map():
+    rows = [("lm_head.weight", -1, "lm_head", 0.3), ("all", -1, "all", 0.9)]
+    table = pd.DataFrame(rows, columns=["tensor", "layer", "module", "share"])
+    (cell,) = plots.layer_module_maps({"head": table}).axes[0].texts
+    assert cell.get_text() == "30.0"
+
+
 def test_a_map_of_an_empty_set_is_light():
     table = pd.DataFrame({"layer": [0, 1], "module": "q_proj", "share": 0.0})
     mesh = plots.layer_module_maps({"nothing": table}).axes[0].collections[0]
