@@ -129,6 +129,21 @@ def _opening(tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False)[:OPENING]
 
 
+def asked_of(prompts: Sequence[EvalPrompt], instructions: Sequence[str]) -> list[EvalPrompt]:
+    """The prompts that are harmful or measure over-safety.
+
+    SpkitError where there is no harmful, no harmless prompt, or no instruction.
+    """
+    asked = [p for p in prompts if p.objective in ("harmful", "over_safety")]
+    harmful = [p.objective == "harmful" for p in asked]
+    if all(harmful) or not any(harmful):
+        lacking = "harmless" if all(harmful) else "harmful"
+        raise SpkitError(f"data.evaluation has no {lacking} dev prompts; tuning needs both")
+    if not instructions:
+        raise SpkitError("There are no harmless instructions to take the KL on (utility.kl).")
+    return asked
+
+
 class Objective:
     """Harm, false refusal and KL of a patched backbone.
 
@@ -148,14 +163,8 @@ class Objective:
         SpkitError where there is no harmful, no harmless prompt, or no instruction.
         """
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
-        self.asked = [p for p in prompts if p.objective in ("harmful", "over_safety")]
-        harmful = [p.objective == "harmful" for p in self.asked]
-        if all(harmful) or not any(harmful):
-            lacking = "harmless" if all(harmful) else "harmful"
-            raise SpkitError(f"data.evaluation has no {lacking} dev prompts; tuning needs both")
-        if not instructions:
-            raise SpkitError("There are no harmless instructions to take the KL on (utility.kl).")
-        self.harmful = torch.tensor(harmful)
+        self.asked = asked_of(prompts, instructions)
+        self.harmful = torch.tensor([p.objective == "harmful" for p in self.asked])
         self.instructions = list(instructions)
         self._batches = batches(tokenizer, [p.prompt for p in self.asked], batch_size)
         self._openings: tuple[list, list] = ([], [])

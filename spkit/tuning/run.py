@@ -59,7 +59,7 @@ from spkit.tuning.candidates import Candidates
 from spkit.tuning.choose import choose, cost, shortlist
 from spkit.tuning.figure import pareto
 from spkit.tuning.ingredients import ingredients, stops
-from spkit.tuning.objective import REFUSED, Objective
+from spkit.tuning.objective import REFUSED, Objective, asked_of
 from spkit.tuning.search import search
 from spkit.tuning.settings import IN_CONTINUAL, Space, with_setting
 from spkit.validation import nearest
@@ -90,12 +90,20 @@ def tune(params: str | Path, given: Mapping[str, Any] | None = None) -> pd.DataF
     config = load_params(at_root(params), given)
     check(config)
     checks.require(config)
+    prompts = dev_prompts(config)
+    asked_of(prompts, instructions(config, prompts))  # before patches are derived
     folder = run_folder(config) / "tuning"
     with locked(folder):
         align(config)
         table = _tuned(config, make_folder(folder))
     print(f"\n{summary(table)}\n\n{correlation_sentence(table)}\n\nAll files: {folder}")
     return table
+
+
+def dev_prompts(config: Config) -> list[EvalPrompt]:
+    """Those on which settings are compared."""
+    split = {"split": "dev", "prompts_per_cell": config.tuning.prompts_per_cell}
+    return load_eval_prompts(config.data, config.evaluation.model_copy(update=split))
 
 
 def _tuned(config: Config, folder: Path) -> pd.DataFrame:
@@ -194,9 +202,8 @@ class _Tuning:
         self.asked_for, self.config = config, after_alignment(config, make=False)
         self.folder, self.made_from = folder, made_from
         self.began = time.monotonic()
-        split = {"split": "dev", "prompts_per_cell": config.tuning.prompts_per_cell}
-        self.evaluation = config.evaluation.model_copy(update=split)
-        self.prompts = load_eval_prompts(self.config.data, self.evaluation)
+        self.evaluation = config.evaluation
+        self.prompts = dev_prompts(self.config)
         self.trials_of = _of_trials(made_from)
         self.work = _fresh(folder, "work", self.trials_of)
         self.seconds: dict[str, float] = {}

@@ -134,6 +134,11 @@ def test_wrong_parameters_are_told_before_anything_is_made(tmp_path):
     assert "tuning.ascent_stops has 20.0, which must be below" in said(
         **{"tuning.ascent_stops": [20.0]}
     )
+    harmful = {"objective": "harmful", "category": "hiding"}
+    rows = [{"prompt": f"hide it {s}", "split": s, **harmful} for s in ("dev", "test")]
+    file = tmp_path / "harmful.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    assert "has no harmless dev prompts" in said(**{"data.evaluation": str(file)})
 
 
 def test_another_method_is_tuned(done, tmp_path):
