@@ -5,6 +5,8 @@ revertible or in 8 bits, without deriving or evaluating anything anew. This is t
 package that loads torch.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -13,15 +15,16 @@ from typing import Any
 
 import pandas as pd
 
-from spkit.config import Config, DerivationConfig
+from spkit.config import BackboneConfig, Config, DerivationConfig
 from spkit.method import importance
 from spkit.method.patch import Factors
 from spkit.method.safepatching import NAME as SAFEPATCHING
 from spkit.method.safepatching import SafePatching
 from spkit.method.sets import BitSets
 from spkit.models.checkpoint_files import local_folder
+from spkit.models.templates import template_text
 from spkit.patchfile.make import About, make_patch
-from spkit.patchfile.manifest import Manifest, Values
+from spkit.patchfile.manifest import LONGEST_TEXT, Manifest, Values
 from spkit.running.aligned import after_alignment
 from spkit.running.runs import backbone_source, input_path, require_made, stage_folder
 
@@ -70,6 +73,7 @@ def about_run(config: Config, method: SafePatching, results: pd.DataFrame, **mor
             "patching": config.patching.model_dump(mode="json"),
             "derivation": _derivation(config.derivation, method),
             "importance": config.importance.model_dump(mode="json"),
+            **_chat(config.backbone),
             **more,
         },
         data={"fingerprint": se.get("data_fingerprint"), "pairs": se.get("pairs")},
@@ -127,6 +131,24 @@ def _derivation(config: DerivationConfig, method: SafePatching) -> dict[str, Any
         return given
     unused = [TRAINED[name] for name in given]
     return {key: value for key, value in values.items() if key not in unused} | given
+
+
+def _chat(backbone: BackboneConfig) -> dict[str, Any]:
+    """What the answers were asked with besides the checkpoint's own template: whoever applies the
+    patch to the backbone has that alone. A template is told by its hash, for it may be private, and
+    so are arguments that are too long for a patch file; others as JSON, whatever is in them."""
+    told = {}
+    if backbone.chat_template_arguments:
+        dumped = backbone.model_dump(mode="json")["chat_template_arguments"]
+        text = json.dumps(dumped, sort_keys=True)
+        told["chat_template_arguments"] = text if len(text) <= LONGEST_TEXT else _sha256(text)
+    if backbone.chat_template is not None:
+        told["chat_template_sha256"] = _sha256(template_text(backbone.chat_template))
+    return told
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
