@@ -243,6 +243,12 @@ def _paired(folder: Path, tensors: Mapping, shapes: Shapes) -> dict[str, tuple[s
     path, found = folder / WEIGHTS, {}
     for key, about in tensors.items():
         match = FACTOR.fullmatch(key)
+        if key.endswith(".base_layer.weight"):
+            raise SpkitError(
+                f"{path} has a whole matrix beside the factors, {key!r}, as PEFT saves embeddings "
+                "and a head that are targets: where they were not trained, save it again by "
+                "save_pretrained(..., save_embedding_layers=False)."
+            )
         if match is None:
             raise SpkitError(f"{path} has the tensor {key!r}, which is no factor of a plain LoRA.")
         if about["dtype"] not in DTYPES:

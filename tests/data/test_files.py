@@ -74,7 +74,11 @@ def test_gz_files_are_read_like_the_plain_ones():
             gzip.compress(CSV.encode(), mtime=0)[:-9],
             "a.csv.gz: a gz file that is cut (Compr",
         ),
-        ("a.csv.gz", CSV, "a.csv.gz: no whole gz file (Not a gzipped file"),
+        (
+            "a.csv.gz",
+            CSV,
+            "a.csv.gz: no whole gz file (Not a gzipped file (b'go')); take .gz off its name, or",
+        ),
         ("a.jsonl.gz", b"", "a.jsonl.gz: holds no rows, at least one is needed (an empty file of"),
         (
             "a.jsonl",

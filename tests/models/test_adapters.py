@@ -156,6 +156,10 @@ def test_a_configuration_that_is_no_plain_lora(values, sentence, copy):
         ),
         (lambda t: t.clear(), "holds no tensor"),
         (
+            lambda t: t.update({"x.lm_head.base_layer.weight": torch.ones(4, 9)}),
+            "a whole matrix beside the factors.*save_embedding_layers=False",
+        ),
+        (
             lambda t: t.update({f"{LAYER}.lora_A.weight": torch.ones(4, 64, dtype=torch.int8)}),
             "in I8; read are F64, F32",
         ),

@@ -78,7 +78,9 @@ def content(path: str | Path) -> bytes:
         return gzip.decompress(found)
     except (EOFError, zlib.error, OSError) as error:  # BadGzipFile is an OSError
         what = "a gz file that is cut" if isinstance(error, EOFError) else "no whole gz file"
-        raise SpkitError(f"{path}: {what} ({str(error).rstrip('.')}); download it again") from None
+        plain = isinstance(error, gzip.BadGzipFile) and not found.startswith(b"\x1f\x8b")
+        todo = f"take {GZ} off its name, or download it again" if plain else "download it again"
+        raise SpkitError(f"{path}: {what} ({str(error).rstrip('.')}); {todo}") from None
 
 
 def decoded(path: str | Path) -> str:
