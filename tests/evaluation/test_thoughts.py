@@ -100,6 +100,12 @@ def test_every_judge_hears_what_is_outside():
     assert found["verdict (refusal)"].tolist() == ["refusal", "correct", ""]
 
 
+def test_thoughts_without_an_end_are_told_beside_the_verdicts(capsys):
+    said = {**{name: text for name, (text, _) in SAID.items()}, "h": "<think>First"}
+    judged(pd.DataFrame({"id": said.keys(), "response": said.values()}), PROMPTS, config())
+    assert "1 of 3 responses are thoughts without an end" in capsys.readouterr().out
+
+
 def test_a_thought_that_never_ends_is_unfinished_for_every_judge(monkeypatch):
     found = verdicts(dict.fromkeys("hou", "<think>I would paint it"))
     assert found["verdict"].tolist() == ["unfinished"] * 3

@@ -106,6 +106,12 @@ def judged(responses: pd.DataFrame, prompts: Sequence[EvalPrompt], config: Confi
             else:
                 further.setdefault(name, [""] * len(frame))[i] = verdict
     frame[DECIDING] = first
+    if None in texts:  # in a table of harm and refusal they would look like safe answers
+        print(
+            f"{texts.count(None)} of {len(texts)} responses are thoughts without an end, neither "
+            "harm nor refusal (the strict rates count them): raise evaluation.max_new_tokens, "
+            "or switch thinking off by backbone.chat_template_arguments."
+        )
     for name, verdicts in further.items():
         frame[f"{DECIDING} ({name})"] = verdicts
     return frame
