@@ -9,6 +9,7 @@ shown at its top: papermill's `-y 'patching: {beta: 2}'` replaces the whole sect
 of the file are gone.
 """
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -202,8 +203,10 @@ def file_of(config: Config) -> Path | None:
     """The params file that the run folder was made with by `spkit run`, else the one in params/ of
     the same run_name; None where there is none, or several."""
     note = run_folder(config) / "log" / OWNER
-    if note.is_file() and (owner := Path(note.read_text(encoding="utf-8").strip())).is_file():
-        return owner
+    if os.path.isfile(note):  # which knows of names that are too long
+        owner = note.read_text(encoding="utf-8").strip()
+        if os.path.isfile(owner):
+            return Path(owner)
     found = []
     for path in sorted(PARAMS.glob("*.yaml")):
         try:
