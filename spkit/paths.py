@@ -9,6 +9,7 @@ the same wherever one stands.
 
 import os
 import re
+import sys
 from pathlib import Path
 
 VARIABLE = re.compile(r"\$(\w+|\{\w+\})")
@@ -72,6 +73,9 @@ def is_there(path: Path) -> bool:
 
 def at_root(params: str | Path) -> Path:
     """Change into the repository's root; the params file's path as it is from there."""
-    params, root = Path(params).resolve(), repository_root(params)
+    params = Path(params).expanduser().resolve()
+    root = repository_root(params)
+    if root != Path.cwd():
+        print(f"paths are from {root}", file=sys.stderr)
     os.chdir(root)
     return params.relative_to(root) if params.is_relative_to(root) else params

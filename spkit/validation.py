@@ -247,16 +247,18 @@ def _inside_a_mapping(model: type[Section], key: str) -> bool:
 
 
 def checked(model: type[Section], values: Mapping[str, Any], params: Path | None = None) -> Any:
-    """The validated `model`, or a SpkitError that tells the first mistake and how many follow.
+    """The validated `model`, or a SpkitError that tells every mistake.
 
     params: the file of the values, for relative paths.
     """
     try:
         return model.model_validate(values, context=params)
     except ValidationError as error:
-        mistakes = error.errors()
-        more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
-        raise SpkitError(_sentence(model, mistakes[0]) + more) from None
+        told: dict[str, str] = {}  # by the words before the rule: a field of two kinds is told once
+        for mistake in error.errors():
+            sentence = _sentence(model, mistake)
+            told.setdefault(sentence.partition(", allowed: ")[0], sentence)
+        raise SpkitError("; ".join(told.values())) from None
 
 
 def _sentence(model: type[Section], mistake: Mapping[str, Any]) -> str:

@@ -151,7 +151,7 @@ def test_every_field_is_explained():
         ({"run_name": "a" * 101}, "._-]*$ and of at most 100 characters"),
         ({"mirror": "none"}, "mirror is 'none', a text; where nothing is meant, write null"),
         ({3: 4}, "unknown key 3, allowed: run_name, seed, threads, outputs, "),
-        ({"seed": -1, "threads": 0}, "allowed: a whole number at least 0 and at most 4294967295 ("),
+        ({"seed": -1, "threads": 0}, "at most 4294967295; threads is 0, allowed: "),
     ],
 )
 def test_a_mistake_is_one_sentence(values, sentence):

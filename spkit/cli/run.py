@@ -70,7 +70,8 @@ def check(
     found = checks.findings(config)
     print(checks.table(found))
     if wrong := checks.problems(found):
-        raise SpkitError(f"{len(wrong)} things are in the way; `spkit run` would begin nothing")
+        what = "1 thing is" if len(wrong) == 1 else f"{len(wrong)} things are"
+        raise SpkitError(f"{what} in the way; `spkit run` would begin nothing")
     print("\nNothing is in the way.")
 
 

@@ -59,7 +59,7 @@ def card(patch: str | Path, path: str | Path, *, overwrite: bool = False, **abou
     path = path / "README.md" if path.is_dir() else path
     if path.exists() and not overwrite:
         what = "it may be the backbone's own card" if path.name == "README.md" else "not replaced"
-        raise SpkitError(f"{path} exists already ({what}): choose another name, or overwrite it.")
+        raise SpkitError(f"{path} exists already ({what}): choose another name, or --overwrite it.")
     with PatchFile(patch) as opened:
         text = card_text(opened.manifest, opened.id, Path(patch).name, **about)
     with atomic(path) as temporary:

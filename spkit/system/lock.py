@@ -23,6 +23,7 @@ from spkit.system.files import write_error
 
 VARIABLE = "SPKIT_LOCKED"  # the folders that a parent of this process holds
 TRIES = 3
+_MADE: dict[Path, list[Path]] = {}  # folders that were made for a lock: gone again if left empty
 _HELD: dict[Path, int] = {}  # {folder: the open lock file} of this process
 
 
@@ -56,6 +57,7 @@ def take(folder: str | Path) -> bool:
     if folder in _HELD:
         return False
     path = lock_file(folder)
+    made = [place for place in path.parents if not place.exists()]  # the innermost first
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = _opened(path)
@@ -67,7 +69,7 @@ def take(folder: str | Path) -> bool:
     with suppress(OSError):  # a full disk: the lock holds without the name of its holder
         os.ftruncate(handle, 0)
         os.write(handle, json.dumps(who).encode())
-    _HELD[folder] = handle
+    _HELD[folder], _MADE[folder] = handle, made
     return True
 
 
@@ -101,6 +103,9 @@ def release(folder: str | Path) -> None:
         with suppress(OSError):  # Windows deletes no open file
             lock_file(folder).unlink()
         os.close(handle)
+        for place in _MADE.pop(folder, []):
+            with suppress(OSError):  # something is in it by now
+                place.rmdir()
 
 
 def require_free(folder: str | Path) -> None:

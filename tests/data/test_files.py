@@ -263,8 +263,8 @@ def test_cut_downloads():
         (
             "a.csv",
             "Goal,Target\na,b\n",
-            "a.csv: the column 'goal' or 'prompt' is missing (found: "
-            "Goal, Target), did you mean 'Goal'? It must be named 'goal'",
+            "a.csv: the columns 'goal' or 'prompt', 'target' are missing (found: "
+            "Goal, Target), did you mean 'Goal'? It must be named 'goal', did you mean 'Target'?",
         ),
         ("a.jsonl", '{"goal": NaN, "target": "x"}', "a.jsonl, row 1: goal is nan, allowed: a text"),
         ("a.jsonl", '{"goal": "\\ud800", "target": "x"}', "a.jsonl, row 1: goal holds half a cha"),

@@ -37,6 +37,19 @@ def other(tmp_path, monkeypatch):
         process.kill()
 
 
+def test_a_folder_that_was_made_for_a_lock_is_gone_with_it(tmp_path):
+    with lock.locked(tmp_path / "outputs" / "run" / "seed-0"):
+        assert (tmp_path / "outputs" / "run").is_dir()
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "there").mkdir()
+    with lock.locked(tmp_path / "there" / "run" / "seed-0"):
+        (tmp_path / "there" / "run" / "kept").touch()
+    assert (tmp_path / "there" / "run" / "kept").exists()
+    with lock.locked(tmp_path / "there" / "seed-0"):
+        pass
+    assert (tmp_path / "there").is_dir()
+
+
 def test_another_process_is_named_and_what_a_killed_one_leaves_is_no_lock(other, tmp_path):
     said = (
         rf"^run is in use by process {other.pid} on {re.escape(os.uname().nodename)}, since 20.*: "

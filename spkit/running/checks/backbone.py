@@ -9,6 +9,7 @@ from pathlib import Path
 
 from spkit.config import Config
 from spkit.errors import SpkitError
+from spkit.models.checkpoint_files import is_hub_id
 from spkit.models.gguf import checkpoint_of, gguf_file, is_gguf
 from spkit.running.checks.finding import Finding
 from spkit.system import hub, pypi
@@ -30,8 +31,13 @@ def place(config: Config) -> tuple[Finding, Path | None]:
             return Finding(key, own.source), Path(checkpoint_of(own))
         except SpkitError as error:
             return Finding(key, str(error), ok=False), None
+    if Path(own.source).is_file():
+        return Finding(key, f"{own.source!r} is a file: give the folder it is in", ok=False), None
     if Path(own.source).exists():
         return Finding(key, own.source), Path(own.source)
+    if not is_hub_id(own.source):
+        said = f"{own.source!r}: there is no such folder, and it is no hub id (owner/name)"
+        return Finding(key, said, ok=False), None
     folder = hub.in_cache(own.source, own.revision)
     if folder is not None:
         return Finding(key, f"{own.source}, in the hub's cache"), folder

@@ -7,8 +7,14 @@ from pathlib import Path
 from spkit.config import Config, UtilityConfig
 from spkit.errors import SpkitError
 from spkit.models.checkpoint_check import CAUSAL, CLASSIFIER, check_loads
+from spkit.models.checkpoint_files import is_hub_id
 from spkit.running.checks.finding import Finding, looked
 from spkit.system import hub
+
+WITHOUT = {  # what needs no such model, told where one cannot be had
+    "judges": "judges that need no model are keywords and refusal",
+    "utility": "with utility.mt_bench.judge null the answers are stored without grades",
+}
 
 
 def judges(config: Config) -> Iterator[Finding]:
@@ -39,12 +45,15 @@ def _model(
     """
     from spkit.models.loading import check_pair, load_tokenizer, read_tokenizer
 
+    if not Path(source).exists() and not is_hub_id(source):
+        said = f"{key} is {source!r}: there is no such folder, and it is no hub id (owner/name)"
+        return Finding(key, said, ok=False)
     folder = Path(source) if Path(source).exists() else hub.in_cache(source, revision)
     if folder is None:
         said = hub.problem(source, "model", revision)
-        return Finding(
-            key, said or f"{source}: to be downloaded", ok=None if said is None else False
-        )
+        if said is None:
+            return Finding(key, f"{source}: to be downloaded", ok=None)
+        return Finding(key, f"{said}; {WITHOUT[key.partition('.')[0]]}", ok=False)
 
     def look() -> str:
         if not (folder / "config.json").is_file():
@@ -94,7 +103,10 @@ def _documents(utility: UtilityConfig) -> Iterator[Finding]:
         if (Path(HF_DATASETS_CACHE) / path.replace("/", "___")).is_dir():
             continue
         if said := hub.problem(path, "dataset"):
-            yield Finding("utility.tasks", f"{', '.join(tasks)}: {said}", ok=False)
+            said = (
+                f"{', '.join(tasks)}: {said}; leave it out of utility.tasks, or see utility.sources"
+            )
+            yield Finding("utility.tasks", said, ok=False)
 
 
 def _mt_bench(config: Config) -> Iterator[Finding]:

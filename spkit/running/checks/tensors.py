@@ -17,7 +17,9 @@ def files(config: Config, folder: Path, derives: bool) -> Iterator[Finding]:
     targets = config.derivation.lora.targets if derives else "auto"
     whole = Path(config.backbone.source).exists() or is_gguf(config.backbone)
     checked = checkpoint_problems(folder, targets, whole=whole)
-    yield from (Finding("backbone.source", said, ok=False) for said in checked.problems)
+    for said in checked.problems:
+        own = said.startswith(("The target", "derivation.lora.targets"))
+        yield Finding("derivation.lora.targets" if own else "backbone.source", said, ok=False)
     yield from (Finding("backbone.source", said) for said in checked.remarks)
 
 

