@@ -23,6 +23,7 @@ from spkit.validation import (
     with_overrides,
 )
 
+PLACEHOLDER = "your-name/your-model"  # backbone.source in params/template.yaml
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["nf4", "none"]
 Name = Annotated[str, Field(min_length=1)]

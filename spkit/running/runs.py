@@ -309,7 +309,7 @@ class Run:
             if config.mirror is not None:
                 # not other stages: one that runs at this moment would get its old files back
                 self.restore(config, (*STAGES[stage].needs, stage))
-            require(config, stage)
+                require(config, stage)
             self._open(make_folder(folder))
         except BaseException:
             if fresh:

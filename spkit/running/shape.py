@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from spkit.config import Config
+from spkit.config import PLACEHOLDER, Config
 from spkit.errors import SpkitError, first_line
 from spkit.models.gguf import gguf_file, is_gguf
 from spkit.models.targets import chosen, is_named, leaf
@@ -25,8 +25,6 @@ from spkit.models.weights import (
 )
 from spkit.sandbox.tokenizer import build_tokenizer
 from spkit.sandbox.train import build_model
-
-PLACEHOLDER = "your-name/your-model"  # in params/template.yaml
 
 
 @dataclass(frozen=True)

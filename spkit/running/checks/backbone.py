@@ -7,14 +7,12 @@ backbone is on this machine: without one there is nothing for them to look at.
 from collections.abc import Iterator
 from pathlib import Path
 
-from spkit.config import Config
+from spkit.config import PLACEHOLDER, Config
 from spkit.errors import SpkitError
 from spkit.models.checkpoint_files import is_hub_id
 from spkit.models.gguf import checkpoint_of, gguf_file, is_gguf
 from spkit.running.checks.finding import Finding
 from spkit.system import hub, pypi
-
-PLACEHOLDER = "your-name/your-model"  # in params/template.yaml
 
 
 def place(config: Config) -> tuple[Finding, Path | None]:
