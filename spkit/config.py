@@ -318,6 +318,9 @@ class DerivationConfig(Section):
     checkpoint_steps: int | None = Field(
         None, ge=1, description="an interrupted one resumes from every n-th step; null: never"
     )
+    accelerate: Place | None = Field(
+        None, description="Accelerate config file: it runs in that file's processes; null: in one"
+    )
     shared_init: bool = Field(
         True,
         description="SE and OSM start from the same factors A; false: each from its own",
@@ -348,6 +351,9 @@ class ImportanceConfig(Section):
         "patched", description="I_SE on theta_GA, I_OSM on theta_GD, or both on theta"
     )
     loss_on: Literal["answer", "question"] = Field("answer", description="tokens that count")
+    accelerate: Place | None = Field(
+        None, description="Accelerate config file: its processes share the samples; null: in one"
+    )
 
 
 class PatchingConfig(Section):

@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[1]
 ORDER = (
     *("errors", "paths", "validation", "config", "examples"),
     *("system", "models", "sandbox", "data", "method", "evaluation", "figures"),
-    *("alignment", "patchfile", "running", "comparison", "tuning", "study"),
+    *("alignment", "patchfile", "workflow", "running", "comparison", "tuning", "study"),
+    "sweeps",
     *("api", "spkit", "cli"),
 )
 METHOD_LINES = 1900
