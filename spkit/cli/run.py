@@ -26,6 +26,13 @@ Override = Annotated[
     list[str] | None,
     typer.Option("-o", "--override", help="one value, such as -o patching.beta=1.5; repeatable"),
 ]
+Profile = Annotated[
+    Path | None,
+    typer.Option(help="folder with Snakemake's options for a cluster, such as profiles/slurm"),
+]
+KeepGoing = Annotated[
+    bool, typer.Option("--keep-going/--stop", help="after a failure: the rest, or no more")
+]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="replace results that another params file made")
 ]
@@ -104,13 +111,15 @@ def experiment(
     params: Params,
     budget: Annotated[str, typer.Option(help="micro, quick or full")] = "quick",
     jobs: Annotated[int, typer.Option(min=1, help="processes, each with its own threads")] = 2,
+    profile: Profile = None,
+    keep_going: KeepGoing = True,
 ) -> None:
     """Run all methods, ablations and sweeps; write the tables and notebook 05."""
     from spkit.comparison import run as comparison
     from spkit.config import load_params
 
     config = load_params(at_root(params))
-    made = comparison.run(config, budget, jobs)
+    made = comparison.run(config, budget, jobs, profile, keep_going)
     print(f"Tables: {made}", flush=True)
     shown = comparison.show(config, made) or "notebooks/05_comparison.ipynb, on comparison.tables"
     print(f"Figures and conclusions: {shown}")

@@ -1,16 +1,17 @@
 """The plan of the experiment: which units there are at one budget, and what each needs.
 
 `plan` is the experiment in short: backbones, bundles, tuning on dev, answers on test, then sweeps,
-sizes, costs and continual stages. Nothing is run here (graph.py).
+sizes, costs and continual stages, and the tables of all of them. Nothing is run here
+(spkit/workflow).
 """
 
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 from spkit.comparison.ablations import ABLATIONS
-from spkit.comparison.budget import Budget
+from spkit.comparison.budget import Budget, budget_of
 from spkit.comparison.continual import METHODS as CONTINUAL_METHODS
-from spkit.comparison.graph import Unit, slug
 from spkit.comparison.methods import METHODS
 from spkit.comparison.steps.answer import answer
 from spkit.comparison.steps.backbone import backbone
@@ -20,15 +21,19 @@ from spkit.comparison.steps.cost import cost
 from spkit.comparison.steps.shared import Site
 from spkit.comparison.steps.size import size
 from spkit.comparison.steps.sweep import sweep
+from spkit.comparison.steps.tables import write_tables
 from spkit.comparison.steps.tune import tune
 from spkit.comparison.sweeps import BUNDLES, RESCORED, SWEEPS
 from spkit.comparison.variants import OTHER_IMPORTANCE, USUAL
 from spkit.config import Config
 from spkit.method.safepatching import NAME as SAFEPATCHING
+from spkit.workflow.units import Unit, slug
 
 DERIVATION_SEEDS = 1000  # backbone seed + 1000 * derivation: none is drawn twice
+TABLES = "tables/all"  # the last unit
 # seconds on the machine where this was timed: for the prediction alone
-_TRAIN, _DERIVE, _RESCORE, _ANSWER, _LOAD, _COST = 250.0, 40.0, 4.0, 2.0, 4.0, 35.0
+_TRAIN, _DERIVE, _RESCORE, _ANSWER, _LOAD, _COST, _DRAW = 250.0, 40.0, 4.0, 2.0, 4.0, 35.0, 0.006
+MEMORY_MIB = 2048  # of a unit on the sandbox: 0.9 to 1.3 GiB were measured
 
 
 def plan(config: Config, budget: Budget) -> list[Unit]:
@@ -42,7 +47,13 @@ def plan(config: Config, budget: Budget) -> list[Unit]:
     made.sizes()
     made.costs()
     made.continual()
+    made.tables()
     return list(made.units.values())
+
+
+def planned(given: Mapping[str, Any]) -> list[Unit]:
+    """The plan as a job asks for it: {"config": all parameters, "budget": a name}."""
+    return plan(Config.from_sources(given["config"]), budget_of(given["budget"]))
 
 
 class Planner:
@@ -54,7 +65,9 @@ class Planner:
         self.tuned: dict[str, str] = {}  # method -> the unit that tunes it
 
     def add(self, name: str, work, needs=(), seconds: float = 1.0, **inputs: Any) -> str:
-        self.units[name] = Unit(name, work, inputs, tuple(dict.fromkeys(needs)), seconds)
+        given = {"seconds": seconds, "memory_mib": MEMORY_MIB, "threads": self.config.threads or 1}
+        needed = tuple(dict.fromkeys(needs))
+        self.units[name] = Unit(name, work, inputs, needed, **given)
         return name
 
     # ---- what the others stand on
@@ -231,6 +244,15 @@ class Planner:
                 tuned=unit,
                 order=number,
             )
+
+    def tables(self) -> None:
+        """From all units, so it comes last."""
+        confidence = self.config.evaluation.confidence
+        seconds = _LOAD + _DRAW * self.budget.draws
+        draws = self.budget.draws
+        self.add(
+            TABLES, write_tables, list(self.units), seconds, draws=draws, confidence=confidence
+        )
 
 
 def changed(config: Config, **overrides: Any) -> Config:

@@ -4,22 +4,26 @@ It prints an estimate, shows a bar, and resumes where it was cut. It ends with t
 notebook 05 executed on them.
 """
 
+import shutil
 import time
 from pathlib import Path
 
 import pandas as pd
 
-from spkit.comparison import graph, tables
-from spkit.comparison.budget import Budget, budget_of
-from spkit.comparison.plan import plan
+from spkit.comparison import tables
+from spkit.comparison.budget import budget_of
+from spkit.comparison.plan import TABLES
 from spkit.config import Config
 from spkit.errors import SpkitError
 from spkit.running.notebook import differing, why_failed
 from spkit.running.runs import NOTEBOOKS
-from spkit.system.files import make_folder, save_csv
+from spkit.system.files import atomic, make_folder, save_csv
 from spkit.system.lock import locked
 from spkit.system.machine import git_state, hardware, versions
+from spkit.workflow import engine
+from spkit.workflow.plan import Plan
 
+PLANNER = "spkit.comparison.plan:planned"
 NOTEBOOK = "05_comparison.ipynb"
 REFERENCE_STEP = 0.25  # seconds of a training step of the sandbox backbone where plan.py was timed
 
@@ -30,32 +34,49 @@ def folder_of(config: Config, budget: str) -> Path:
     return Path(config.outputs).joinpath("experiment", *named, budget)
 
 
-def run(config: Config, budget_name: str, jobs: int) -> Path:
-    """All units, then the tables; returns the folder of the tables."""
-    budget = budget_of(budget_name)
-    root = folder_of(config, budget_name)
-    with locked(root):
-        return _run(config, budget_name, budget, jobs, make_folder(root))
+def planned(config: Config, budget_name: str) -> Plan:
+    """All units of one budget, and where they lie; SpkitError for an unknown budget."""
+    budget_of(budget_name)
+    given = {"config": config.model_dump(mode="json"), "budget": budget_name}
+    root, label = folder_of(config, budget_name), f"experiment, {budget_name}"
+    return Plan.of(root, label, PLANNER, given)
 
 
-def _run(config: Config, budget_name: str, budget: Budget, jobs: int, root: Path) -> Path:
-    units = plan(config, budget)
-    places = graph.places(units, root / "units")
-    seconds = graph.remaining_seconds(units, places, jobs) * pace(config)
-    missing = sum(not places[unit.name].is_dir() for unit in units)
-    print(
-        f"Budget {budget_name}: {len(units)} units, {missing} to do, "
-        f"about {seconds / 60:.0f} minutes on {jobs} process{'es' * (jobs > 1)}; results in {root}",
-        flush=True,
-    )
-    started = time.time()
-    places = graph.run(units, root / "units", jobs=jobs, label=f"experiment, {budget_name}")
-    print(
-        f"Units done after {(time.time() - started) / 60:.1f} minutes; now the tables", flush=True
-    )
-    made = root / "tables"
-    tables.write(places, made, draws=budget.draws, confidence=config.evaluation.confidence)
-    save_csv(made / "about.csv", about(config, budget_name))
+def run(
+    config: Config,
+    budget_name: str,
+    jobs: int,
+    profile: str | Path | None = None,
+    keep_going: bool = True,
+) -> Path:
+    """All units, the tables last; returns the folder of the tables.
+
+    jobs: processes at once, where there is no profile of Snakemake. keep_going: a unit that fails
+    stops only what needs it. SpkitError names all that failed; the same command resumes.
+    """
+    plan = planned(config, budget_name)
+    with locked(plan.root):
+        make_folder(plan.root)
+        todo = plan.todo()
+        where = f"on {jobs} process{'es' * (jobs > 1)}" if profile is None else f"by {profile}"
+        seconds = sum(unit.seconds for unit in todo) / jobs * pace(config)
+        about_minutes = f"about {seconds / 60:.0f} minutes " if profile is None else ""
+        print(
+            f"Budget {budget_name}: {len(plan.units)} units, {len(todo)} to do, "
+            f"{about_minutes}{where}; results in {plan.root}",
+            flush=True,
+        )
+        started = time.time()
+        outcome = engine.run(plan, cores=jobs, profile=profile, keep_going=keep_going)
+        if not outcome.complete:
+            raise SpkitError(f"{outcome.told()}\nWhat is done is kept: the same command resumes")
+        minutes = (time.time() - started) / 60
+        print(f"Units done after {minutes:.1f} minutes", flush=True)
+        made = make_folder(plan.root / "tables")
+        for name in tables.TABLES:
+            with atomic(made / f"{name}.csv") as path:
+                shutil.copyfile(outcome.places[TABLES] / f"{name}.csv", path)
+        save_csv(made / "about.csv", about(config, budget_name))
     return made
 
 

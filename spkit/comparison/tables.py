@@ -16,12 +16,12 @@ from spkit.comparison.arena import SCORES, UTILITY_FAILURES, failures, shares
 from spkit.comparison.bootstrap import Outcomes, paired, per_backbone, resample, summary
 from spkit.comparison.forgetting import forgetting, intransigence
 from spkit.comparison.fronts import Failures, paired_hypervolumes
-from spkit.comparison.graph import slug
 from spkit.comparison.methods import METHODS
 from spkit.comparison.variants import BASE
 from spkit.errors import SpkitError
 from spkit.method.safepatching import NAME as SAFEPATCHING
 from spkit.system.files import save_csv
+from spkit.workflow.units import slug
 
 # metric -> (groups, objective): what the tables show, in this order
 METRICS = {
@@ -49,7 +49,7 @@ def failed(metric: str, score: str) -> tuple[str, ...]:
 
 
 class Tables:
-    """All tables of one finished experiment: places are graph.run's folders by unit name."""
+    """All tables of one finished experiment: places are the units' folders by name."""
 
     def __init__(self, places: Mapping[str, Path], draws: int, confidence: float):
         self.places, self.draws, self.confidence = places, draws, confidence

@@ -8,13 +8,11 @@ run folder: a notebook has begun when its messages file is new, and is done when
 
 import json
 import os
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
 import yaml
@@ -38,13 +36,13 @@ from spkit.running.runs import (
     stamp,
 )
 from spkit.system.files import atomic, make_folder
-from spkit.system.lock import handles, locked
+from spkit.system.lock import locked
 from spkit.validation import read_value
+from spkit.workflow.child import child
 
 # seconds on two cores, one thread a notebook; used where no run has been timed yet
 SANDBOX_SECONDS = dict(zip(STAGES, (10, 35, 14, 25, 90, 18), strict=True))
 SECONDS_BETWEEN_LOOKS = 0.2
-SECONDS_TO_END = 5  # what an interrupted notebook gets before it is killed
 
 
 def overrides(options: Sequence[str], **top_level: Any) -> dict[str, Any]:
@@ -244,51 +242,13 @@ def _run_snakemake(planned: Planned, cores: int, together: int) -> None:
     command += ["--nolock", "--quiet", "progress", "host", "reason"]
     command += ["--config", f"params={resolved}"]
     log = run_folder(config) / "log" / "snakemake.txt"
-    with log.open("w", encoding="utf-8") as file, _child(command, file) as child:
-        _watch(child, planned, together)
-    if child.returncode:
+    with log.open("w", encoding="utf-8") as file, child(command, file) as process:
+        _watch(process, planned, together)
+    if process.returncode:
         raise SpkitError(_why(planned, log))
 
 
-@contextmanager
-def _child(command: list[str], file) -> Iterator[subprocess.Popen]:
-    """Snakemake, which ends together with its notebooks when this process is interrupted.
-
-    It is in this process's group, so that whoever kills the group leaves nothing behind. Where this
-    process alone is killed it goes on, and so it holds the run folder, too.
-    """
-
-    def interrupt(*_) -> None:
-        raise KeyboardInterrupt
-
-    held = {"pass_fds": handles()} if os.name == "posix" else {}
-    child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, **held)
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield child
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        if child.poll() is None:
-            _end(child)
-
-
-def _end(child: subprocess.Popen) -> None:
-    """Snakemake and its notebooks; what does not end by itself is killed."""
-    import psutil
-
-    with suppress(psutil.NoSuchProcess):
-        top = psutil.Process(child.pid)
-        everything = [*top.children(recursive=True), top]
-        for process in everything:
-            with suppress(psutil.NoSuchProcess):
-                process.terminate()
-        for process in psutil.wait_procs(everything, timeout=SECONDS_TO_END)[1]:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-    child.wait()
-
-
-def _watch(child: subprocess.Popen, planned: Planned, together: int) -> None:
+def _watch(process: Popen, planned: Planned, together: int) -> None:
     """Print a line where a notebook begins and one where it is done, until the child ends."""
     log = run_folder(planned.config) / "log"
     messages = {stage: log / f"{stage}.txt" for stage in planned.todo}
@@ -296,7 +256,7 @@ def _watch(child: subprocess.Popen, planned: Planned, together: int) -> None:
     console = Console(highlight=False, markup=False)
     with console.status("starting") as status:
         while True:
-            ended = child.poll() is not None
+            ended = process.poll() is not None
             for stage in planned.todo:
                 if stage not in planned.began and _changed(messages[stage]) != before[stage]:
                     planned.began[stage] = time.monotonic()

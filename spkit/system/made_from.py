@@ -35,8 +35,10 @@ PLUMBING = frozenset(
         *("system.files", "system.fingerprint", "system.lock"),
         *("system.machine", "system.made_from", "system.out_of_memory"),
         *("system.hub", "system.progress", "system.record", "system.store"),
-        *("comparison.graph", "comparison.plan", "comparison.budget"),
+        *("comparison.plan", "comparison.budget"),
         "comparison.run",
+        *(f"workflow.{part}" for part in ("child", "engine", "job", "plan", "units")),
+        "workflow",
     )
 )
 # module -> files beside it that it reads

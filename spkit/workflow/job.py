@@ -7,7 +7,7 @@ way, and no lock is needed. Why it failed is left in root/failed.
 """
 
 import json
-import os
+import shutil
 import sys
 import time
 import traceback
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from spkit.errors import SpkitError
 from spkit.system.files import atomic, once
+from spkit.workflow.plan import unit_of
 from spkit.workflow.units import DONE, Unit, is_done
 
 REASON = ".txt"
@@ -23,9 +24,6 @@ REASON = ".txt"
 
 def main(file: str, name: str) -> int:
     """Do the unit; exit code 1 and one sentence where it fails."""
-    os.environ |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}  # this goes to a log
-    from spkit.workflow.plan import unit_of
-
     note = failure_note(Path(file).parent, name)
     note.unlink(missing_ok=True)
     try:
@@ -51,6 +49,8 @@ def do(unit: Unit, places: Mapping[str, Path]) -> Path:
     for need, place in needed.items():
         if not is_done(place):
             raise SpkitError(f"{unit.name} needs {need}, which is not done")
+    if folder.exists():  # Snakemake makes it beforehand, and takes unit.json out where it gave up
+        shutil.rmtree(folder, ignore_errors=True)
     started = time.perf_counter()
     with once(folder) as temporary:
         temporary.mkdir()

@@ -8,7 +8,8 @@
     size       the chosen settings on a backbone of another size
     continual  one method, one order of the stages
     cost       seconds and memory of one method, in a process of its own
+    tables     all tables, from what the other units wrote
 
 A file each, because a unit is repeated when a file that it imports has changed, and no other.
-Nothing is averaged here (tables.py).
+Nothing is averaged but in the last.
 """

@@ -1,0 +1,55 @@
+"""A child process that ends together with this one, with all that it started.
+
+with child(command, log) as process:
+    ...                            after an error or Ctrl-C in here, it and its children end
+"""
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+from spkit.system.lock import handles
+
+SECONDS_TO_END = 5  # what an interrupted child gets before it is killed
+
+
+@contextmanager
+def child(
+    command: Sequence[str], output, seconds_to_end: float = SECONDS_TO_END
+) -> Iterator[subprocess.Popen]:
+    """Start the command, its messages going to the open file `output`.
+
+    It is in this process's group, so that whoever kills the group leaves nothing behind. Where this
+    process alone is killed it goes on, and so it holds the locks of this process, too.
+    """
+
+    def interrupt(*_) -> None:
+        raise KeyboardInterrupt
+
+    held = {"pass_fds": handles()} if os.name == "posix" else {}
+    process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, **held)
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield process
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if process.poll() is None:
+            _end(process, seconds_to_end)
+
+
+def _end(process: subprocess.Popen, seconds: float) -> None:
+    """The process and its children; what does not end by itself is killed."""
+    import psutil
+
+    with suppress(psutil.NoSuchProcess):
+        top = psutil.Process(process.pid)
+        everything = [*top.children(recursive=True), top]
+        for one in everything:
+            with suppress(psutil.NoSuchProcess):
+                one.terminate()
+        for one in psutil.wait_procs(everything, timeout=seconds)[1]:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+    process.wait()

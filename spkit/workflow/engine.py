@@ -1,0 +1,129 @@
+"""Snakemake on a plan: a progress bar, what failed and why, and the same command to resume.
+
+    outcome = run(plan, cores=2)                              on this machine
+    outcome = run(plan, profile="profiles/slurm")             as that profile of Snakemake says
+
+Snakemake's own messages go to root/snakemake.txt, a unit's to root/log. What is shown here is read
+off the folder: a unit has begun when its log is new, and is done when its unit.json is there.
+"""
+
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from subprocess import Popen
+
+from tqdm.auto import tqdm
+
+from spkit.errors import SpkitError
+from spkit.system.files import make_folder
+from spkit.workflow.child import child
+from spkit.workflow.job import failure_note
+from spkit.workflow.plan import Plan
+from spkit.workflow.units import Unit, is_done
+
+RULES = Path(__file__).with_name("units.smk")
+SECONDS_BETWEEN_LOOKS = 0.3
+SECONDS_TO_CANCEL = 60  # Snakemake takes its jobs back from a cluster
+BAR_SECONDS = 60  # between two lines of the bar where it goes into a file
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    places: {name: folder} of all units. failed: {name: why}. blocked: units that did not run
+    because they need one that failed, or because the run was ended at the first failure.
+    """
+
+    places: Mapping[str, Path]
+    failed: Mapping[str, str]
+    blocked: list[str]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every unit is done."""
+        return not self.failed and not self.blocked
+
+    def told(self) -> str:
+        """One line for each unit that failed, and how many could not run."""
+        lines = [f"{name} failed: {reason}" for name, reason in self.failed.items()]
+        if self.blocked:
+            lines.append(f"{len(self.blocked)} more did not run, first {self.blocked[0]}")
+        return "\n".join(lines)
+
+
+def run(
+    plan: Plan, *, cores: int = 2, profile: str | Path | None = None, keep_going: bool = True
+) -> Outcome:
+    """Run the units that are not done.
+
+    cores: of this machine, where there is no profile. profile: a folder with Snakemake's options.
+    keep_going: a failure stops only what needs it. SpkitError where Snakemake itself fails.
+    """
+    todo = plan.todo()
+    if not todo:
+        return Outcome(plan.places, {}, [])
+    root = make_folder(plan.root)
+    file = plan.write()
+    for unit in todo:  # of an earlier run
+        failure_note(root, unit.name).unlink(missing_ok=True)
+    command = _command(file, cores, profile, keep_going)
+    log = root / "snakemake.txt"
+    seconds_to_end = {"seconds_to_end": SECONDS_TO_CANCEL} if profile else {}
+    with log.open("w", encoding="utf-8") as out, child(command, out, **seconds_to_end) as process:
+        _watch(process, plan, todo)
+    return _outcome(plan, todo, log, process.returncode)
+
+
+def _command(file: Path, cores: int, profile: str | Path | None, keep_going: bool) -> list[str]:
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(RULES)]
+    command += ["--config", f"plan={file}"]
+    command += ["--profile", str(profile)] if profile else ["--cores", str(cores)]
+    # a unit's folder appears whole: there are no incomplete files, and a killed run left no lock
+    command += ["--nolock", "--ignore-incomplete", "--drop-metadata"]
+    command += ["--rerun-triggers", "mtime", "--scheduler", "greedy"]
+    command += ["--keep-going"] * keep_going
+    return [*command, "--quiet", "progress", "host", "reason"]
+
+
+def _watch(process: Popen, plan: Plan, todo: list[Unit]) -> None:
+    """A bar of predicted seconds, until the process ends."""
+    places, waiting = plan.places, list(todo)
+    between = 0.5 if sys.stderr.isatty() else BAR_SECONDS
+    total = round(sum(unit.seconds for unit in todo))
+    bar = tqdm(total=total, desc=plan.label, unit="s", smoothing=0.05, mininterval=between)
+    with bar:
+        while True:
+            ended = process.poll() is not None
+            for unit in [unit for unit in waiting if is_done(places[unit.name])]:
+                waiting.remove(unit)
+                done = f"{len(todo) - len(waiting)} of {len(todo)} units, last {unit.name}"
+                bar.set_postfix_str(done, refresh=False)
+                bar.update(round(unit.seconds))
+            if ended:
+                return
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def _outcome(plan: Plan, todo: list[Unit], log: Path, code: int) -> Outcome:
+    places = plan.places
+    left = [unit.name for unit in todo if not is_done(places[unit.name])]
+    failed = {}
+    for name in left:
+        note = failure_note(plan.root, name)
+        messages = plan.root / "log" / f"{places[name].relative_to(plan.root / 'units')}.txt"
+        if note.is_file():
+            failed[name] = note.read_text(encoding="utf-8").strip()
+        elif _is_newer(messages, plan.root / "plan.json"):
+            why = "its process was killed (often too little memory, or too little time)"
+            failed[name] = f"{why}; see {messages}"
+    if code and not failed:
+        said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        raise SpkitError(f"{(said or ['Snakemake gave no message'])[-1]} (see {log})")
+    return Outcome(places, failed, [name for name in left if name not in failed])
+
+
+def _is_newer(file: Path, than: Path) -> bool:
+    return file.is_file() and file.stat().st_mtime_ns >= than.stat().st_mtime_ns
