@@ -14,6 +14,7 @@
 #   make docs                                 the site, into site/: pages, executed notebooks, reference
 #   make test, make lint                      what the continuous integration runs
 #   make fuzz                                 20,000 wrong patch files and checkpoints (FILES=200000)
+#   make test-kills                           an experiment, killed 20 times: its tables are the same
 #   make clean                                delete all runs and caches (make distclean: .venv too)
 
 PYTHON ?= python3
@@ -35,7 +36,7 @@ TABLES ?= docs/experiment
 BIN := $(VENV)/bin
 READY := $(VENV)/.spkit-installed
 
-.PHONY: docs solutions walkthrough real publish-real seeds experiment report publish backbone test fuzz lint lab clean distclean
+.PHONY: docs solutions walkthrough real publish-real seeds experiment report publish backbone test test-kills fuzz lint lab clean distclean
 
 walkthrough: $(READY)
 	$(BIN)/spkit run $(PARAMS) --cores $(CORES)$(if $(SEED), --seed $(SEED))$(if $(RUN), --run-name $(RUN))
@@ -82,6 +83,9 @@ backbone: $(READY)
 # a file of tests stays in one process, whose fixtures it shares; files with few tests can be long
 test: $(READY)
 	$(BIN)/python -m pytest --cov -n $(CORES) --dist loadfile --no-loadscope-reorder
+
+test-kills: $(READY)
+	$(BIN)/python tests/comparison/killed_at_random.py
 
 # what is found is kept in outputs/fuzz
 fuzz: $(READY)

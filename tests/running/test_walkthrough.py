@@ -283,11 +283,11 @@ from pathlib import Path
 from spkit.cli import app
 from spkit.running import walkthrough
 grandchild = "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(60)"
-start = walkthrough._child
+start = walkthrough.child
 def fake(command, file):
     child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {grandchild!r}])"
     return start([sys.executable, "-c", child], file)
-walkthrough._child = fake
+walkthrough.child = fake
 app(["run", "a.yaml"])
 """
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
