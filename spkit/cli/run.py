@@ -118,6 +118,7 @@ def experiment(
     from spkit.comparison import run as comparison
     from spkit.config import load_params
 
+    profile = profile and profile.resolve()
     config = load_params(at_root(params))
     made = comparison.run(config, budget, jobs, profile, keep_going)
     print(f"Tables: {made}", flush=True)

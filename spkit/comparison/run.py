@@ -55,6 +55,8 @@ def run(
     stops only what needs it. SpkitError names all that failed; the same command resumes.
     """
     plan = planned(config, budget_name)
+    if profile is not None:
+        engine.require_profile(profile)
     with locked(plan.root):
         make_folder(plan.root)
         todo = plan.todo()

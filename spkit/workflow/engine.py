@@ -60,16 +60,20 @@ def run(
     """Run the units that are not done.
 
     cores: of this machine, where there is no profile. profile: a folder with Snakemake's options.
-    keep_going: a failure stops only what needs it. SpkitError where Snakemake itself fails.
+    keep_going: a failure stops only what needs it. SpkitError where there is no such profile, and
+    where Snakemake itself fails.
     """
     todo = plan.todo()
+    if profile is not None:
+        require_profile(profile)
     if not todo:
         return Outcome(plan.places, {}, [])
     root = make_folder(plan.root)
     file = plan.write()
     for unit in todo:  # of an earlier run
         failure_note(root, unit.name).unlink(missing_ok=True)
-    command = _command(file, cores, profile, keep_going)
+    command = _command(file, keep_going)
+    command += _here(todo, cores) if profile is None else ["--profile", str(profile)]
     log = root / "snakemake.txt"
     seconds_to_end = {"seconds_to_end": SECONDS_TO_CANCEL} if profile else {}
     with log.open("w", encoding="utf-8") as out, child(command, out, **seconds_to_end) as process:
@@ -77,15 +81,30 @@ def run(
     return _outcome(plan, todo, log, process.returncode)
 
 
-def _command(file: Path, cores: int, profile: str | Path | None, keep_going: bool) -> list[str]:
+def _command(file: Path, keep_going: bool) -> list[str]:
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(RULES)]
     command += ["--config", f"plan={file}"]
-    command += ["--profile", str(profile)] if profile else ["--cores", str(cores)]
     # a unit's folder appears whole: there are no incomplete files, and a killed run left no lock
     command += ["--nolock", "--ignore-incomplete", "--drop-metadata"]
     command += ["--rerun-triggers", "mtime", "--scheduler", "greedy"]
     command += ["--keep-going"] * keep_going
     return [*command, "--quiet", "progress", "host", "reason"]
+
+
+def _here(todo: list[Unit], cores: int) -> list[str]:
+    """On this machine: so many cores, its free memory, and one unit on the GPU at a time."""
+    import psutil
+
+    free = psutil.virtual_memory().available // 2**20
+    memory = max(free, *(unit.memory_mib for unit in todo))  # what is too large is tried alone
+    gpus = max(unit.gpus for unit in todo)
+    return ["--cores", str(cores), "--resources", f"mem_mb={memory}", f"gpu={gpus}"]
+
+
+def require_profile(folder: str | Path) -> None:
+    """SpkitError where the folder is no profile of Snakemake."""
+    if not any(Path(folder).glob("config*.yaml")):
+        raise SpkitError(f"--profile {folder}: expected a folder with Snakemake's config.yaml")
 
 
 def _watch(process: Popen, plan: Plan, todo: list[Unit]) -> None:

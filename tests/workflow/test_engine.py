@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,9 +92,23 @@ def test_a_failure_stops_what_needs_it_and_a_rerun_does_only_that(notes):
     assert (outcome.places[D] / "text").read_text() == "aBcd"
 
 
-def test_where_snakemake_itself_fails_its_last_line_is_told(notes):
-    with pytest.raises(SpkitError, match=r"snakemake\.txt"):
+def test_a_profile_that_is_none_or_wrong_is_told(notes):
+    with pytest.raises(SpkitError, match="profile: expected a folder with Snakemake's config.yaml"):
         engine.run(plan(notes), profile=notes / "no-such-profile")
+    wrong = notes / "wrong"
+    wrong.mkdir()
+    (wrong / "config.yaml").write_text("executor: none-such\n")
+    with pytest.raises(SpkitError, match=r"none-such.* \(see .*snakemake\.txt\)$"):
+        engine.run(plan(notes), profile=wrong)
+    assert logged(notes) == []
+
+
+def test_units_get_what_they_ask_for_on_this_machine(notes):
+    units = [
+        replace(unit, gpus=n % 2, memory_mib=10**9) for n, unit in enumerate(plan(notes).units)
+    ]
+    found = engine._here(units, 3)
+    assert found == ["--cores", "3", "--resources", "mem_mb=1000000000", "gpu=1"]
 
 
 def script(notes):
