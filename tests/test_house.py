@@ -20,7 +20,16 @@ ROOT = Path(__file__).parents[1]
 ORDER = (
     *("errors", "paths", "validation", "config", "examples"),
     *("system", "models", "sandbox", "data", "method", "evaluation", "figures"),
-    *("alignment", "patchfile", "workflow", "running", "comparison", "tuning", "study"),
+    *(
+        "alignment",
+        "patchfile",
+        "workflow",
+        "distributed",
+        "running",
+        "comparison",
+        "tuning",
+        "study",
+    ),
     "sweeps",
     *("api", "spkit", "cli"),
 )

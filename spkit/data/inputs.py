@@ -126,6 +126,10 @@ def _models(config: Config, sections: tuple[str, ...]) -> Iterator[tuple[str, Fi
             folder = getattr(config.derivation, name)
             if folder is not None:
                 yield f"derivation.{name}", counted.adapter_files(folder)
+    for section in ("derivation", "importance"):  # other processes round otherwise
+        file = getattr(config, section).accelerate
+        if section in sections and file is not None:
+            yield f"{section}.accelerate", {"": Path(file)}
     if "judges" in sections:
         judges = config.judges
         for kind in ("classifier", "generative"):

@@ -26,6 +26,7 @@ from spkit.method.training import attach
 from spkit.models.chat import collate, encode_pair
 from spkit.models.devices import devices_of
 from spkit.models.weights import decoder_layers, target_weights
+from spkit.system import processes
 from spkit.system.machine import free_memory, layers_that_fit
 from spkit.system.out_of_memory import explained
 from spkit.system.tensors import load_tensors, save_tensors
@@ -153,6 +154,7 @@ def layers_per_pass(
     layers = target_weights(model, targets).values()
     weights = sum(layer.in_features * layer.out_features for layer in layers)
     free = min(map(free_memory, devices_of(model)), default=0)  # a window lies on one, mostly
+    free = processes.here().smallest(free)
     return layers_that_fit(free, weights, len(decoder_layers(model)), patches)
 
 

@@ -23,6 +23,7 @@ from spkit.errors import SpkitError
 from spkit.models.chat import answer_loss, mean_per_sample
 from spkit.models.devices import check_in_memory
 from spkit.models.weights import decoder_layers, effective_weight, target_weights
+from spkit.system import processes
 
 
 def snip(
@@ -39,6 +40,7 @@ def snip(
     batches: what chat.collate makes (input_ids, attention_mask, labels, right-padded), on any
     device. The result does not depend on how samples are batched, up to fp32 rounding.
     targets: as in derivation.lora (models/targets.py). only: score just these tensor names.
+    Of several processes the first has all scores, the others none (system/processes.py).
     SpkitError for an empty calibration set, a loss or score that is not finite, or an unknown name.
     """
     layers = target_weights(model, targets)
@@ -89,8 +91,7 @@ def snip_windows(
 def _score(
     model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
-    sums: dict[str, Tensor] = {}
-    seen = dict.fromkeys(layers, 0)
+    sums = processes.here().sums(batches)
     rows: list[Tensor] = []  # of the present batch: which positions of each sample are real
     device = model.get_input_embeddings().weight.device
     check_in_memory(model.named_parameters())
@@ -99,13 +100,13 @@ def _score(
         x, g = (t.reshape(len(rows), -1, t.shape[-1]) for t in (x, g))  # OPT's MLP flattens them
         for sample, real in enumerate(row.to(g.device) for row in rows):
             # fp32 before the product: a bf16 product would round away what the mean is made of
-            product = (g[sample, real].float().T @ x[sample, real].float()).abs_()
-            sums[name] = sums[name].add_(product) if name in sums else product
-            seen[name] += 1
+            sums.add(name, (g[sample, real].float().T @ x[sample, real].float()).abs_())
+        sums.batch_done(name)
 
-    samples = 0
     with _scoring(model, layers, add):
         for batch in batches:
+            if not sums.mine(len(batch["input_ids"])):
+                continue  # another process computes it
             mask = batch["attention_mask"].to(device)
             rows[:] = [row.nonzero().squeeze(1) for row in mask]
             logits = model(
@@ -113,21 +114,22 @@ def _score(
             ).logits
             losses = mean_per_sample(*answer_loss(logits, batch["labels"].to(device)))
             if not bool(torch.isfinite(losses).all()):
-                row = samples + int((~torch.isfinite(losses)).nonzero()[0])
+                row = sums.samples - len(rows) + int((~torch.isfinite(losses)).nonzero()[0])
                 raise SpkitError(f"The loss of calibration sample {row} is not finite.")
             losses.sum().backward()  # a sum: sample i's gradient at its own rows is that of L_i
-            samples += len(rows)
-    if samples == 0:
+    if sums.samples == 0:
         raise SpkitError("There are no calibration samples to score the weights with.")
 
     scores = {}
     for name, layer in layers.items():
-        if seen[name] != samples:
+        if sums.seen[name] != sums.own:
             raise SpkitError(
-                f"The weight {name!r} got gradients of {seen[name]} of {samples} samples; "
+                f"The weight {name!r} got gradients of {sums.seen[name]} of {sums.own} samples; "
                 "is the layer unused, or its 4-bit weight repacked?"
             )
-        scores[name] = effective_weight(layer).abs_().mul_(sums.pop(name)).div_(samples)
+        if not sums.whole:
+            continue
+        scores[name] = effective_weight(layer).abs_().mul_(sums.pop(name)).div_(sums.samples)
         if not bool(torch.isfinite(scores[name]).all()):
             raise SpkitError(f"The importance of {name!r} is not finite.")
     return scores

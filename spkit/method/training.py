@@ -19,7 +19,6 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import get_constant_schedule_with_warmup
 
 from spkit.config import DerivationConfig, DescentConfig, LoraConfig
@@ -33,11 +32,11 @@ from spkit.models.chat import (
     length_bucketed_batches,
     mean_per_sample,
 )
+from spkit.models.optimizers import adamw
 from spkit.models.prompt_checks import check_pairs
 from spkit.models.weights import target_weights
-from spkit.system import resume
+from spkit.system import processes, progress, resume
 from spkit.system.out_of_memory import explained
-from spkit.system.progress import complete
 
 OVERFLOWS_IN_A_ROW = 20  # each halves the scale of the loss, from 65536 to less than 1
 _ADVICE = "lower its learning_rate or max_grad_norm, or check the backbone's dtype."
@@ -129,7 +128,7 @@ def train_lora(
         loop.restore(found)
 
         def keep(done: bool) -> None:
-            every = config.checkpoint_steps
+            every = config.checkpoint_steps if loop.group.first else None
             if checkpoints is not None and every and (done or loop.step % every == 0):
                 resume.save(checkpoints.folder, identity, loop.state())
                 checkpoints.saved()
@@ -149,13 +148,13 @@ class Loop:
     """One training: batches, gradients, steps, and all that changes from step to step."""
 
     def __init__(self, wrapped, data: TrainingSet, task: Task, config: DerivationConfig):
-        self.wrapped, self.data, self.task = wrapped, data, task
+        self.wrapped, self.data, self.task, self.group = wrapped, data, task, processes.here()
         self.settings, self.max_tokens = task.settings, data.max_tokens
         self.at_once = config.micro_batch_size or task.settings.batch_size
         self.checkpointing = config.gradient_checkpointing
         self.device = wrapped.get_input_embeddings().weight.device
         self.weights = [p for p in wrapped.parameters() if p.requires_grad]
-        self.optimizer = _adamw(config.optimizer, self.weights, task.settings.learning_rate)
+        self.optimizer = adamw(config.optimizer, self.weights, task.settings.learning_rate)
         warmup = task.settings.warmup_steps
         self.schedule = get_constant_schedule_with_warmup(self.optimizer, warmup)
         half = wrapped.dtype == torch.float16
@@ -168,9 +167,10 @@ class Loop:
         """Steps until the stop rule or the step limit ends it. keep(done): after every step."""
         limit = self.settings.max_steps
         batches = _endless(self.data.encoded, self.settings.batch_size, seed, self.step)
-        bar = tqdm(total=limit, initial=self.step, desc=self.task.direction, unit="step")
+        bar = progress.bar(total=limit, initial=self.step, desc=self.task.direction, unit="step")
         with bar:
             while not self.reason:
+                self.group.set_seed(seed, self.step)
                 indices = next(batches)
                 row = {"patch": self.task.name, "step": self.step, "loss": self.backward(indices)}
                 self.rows.append({**row, "grad_norm": 0.0, "stop": ""})
@@ -186,26 +186,26 @@ class Loop:
                     bar.update()
                     bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
                 keep(bool(self.reason))
-            complete(bar, f"loss={self.rows[-1]['loss']:.3f}, {self.reason}")
+            progress.complete(bar, f"loss={self.rows[-1]['loss']:.3f}, {self.reason}")
 
     def backward(self, indices: list[int]) -> float:
         """Add up the gradient of one batch, `at_once` pairs at a time; its mean loss in nats."""
         self.optimizer.zero_grad()
         means = []
-        for start in range(0, len(indices), self.at_once):
-            chosen = indices[start : start + self.at_once]
+        for chosen, share in self.group.passes(indices, self.at_once):
             batch = collate([self.data.encoded[i] for i in chosen], self.data.pad_id)
             batch = {key: value.to(self.device) for key, value in batch.items()}
             labels = batch.pop("labels")
             losses, mask = answer_loss(self.wrapped(**batch, use_cache=False).logits, labels)
-            means.append(mean_per_sample(losses, mask).detach())
-            if not bool(torch.isfinite(means[-1]).all()):
-                what = f"The {self.task.direction} loss is {means[-1].mean().item()}"
+            mean = mean_per_sample(losses, mask).detach()
+            if not bool(torch.isfinite(mean).all()):
+                what = f"The {self.task.direction} loss is {mean.mean().item()}"
                 raise SpkitError(f"{what} at step {self.step}; {_ADVICE}")
-            share = len(chosen) / len(indices)
+            means += [mean] if share else []
             loss = self.task.objective(losses, mask, chosen) * share
             self.scaler.scale(loss).backward()
-        return torch.cat(means).mean().item()
+        self.group.add_gradients(self.weights)
+        return self.group.batch_losses(means, len(indices)).mean().item()
 
     def update(self) -> float:
         """One optimiser step; the gradient's norm before it was clipped."""
@@ -300,16 +300,6 @@ def _identity(manifest: dict, data: TrainingSet, task: Task, config, dtype: str)
         "dtype": dtype,
         **config.model_dump(exclude={"lora", "ascent", "descent", "checkpoint_steps"}),
     }
-
-
-def _adamw(kind: str, weights, rate: float) -> torch.optim.Optimizer:
-    """`derivation.optimizer`: AdamW without weight decay, its moments in fp32 or in 8 bits."""
-    if kind == "adamw":
-        return torch.optim.AdamW(weights, lr=rate, weight_decay=0.0)
-    from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
-
-    made = {"adamw_8bit": AdamW8bit, "paged_adamw_8bit": PagedAdamW8bit}[kind]
-    return made(weights, lr=rate, weight_decay=0.0)
 
 
 # ---- LoRA factors on a backbone ------------------------------------------------------------------

@@ -5,6 +5,7 @@ layer. Weights that accelerate has offloaded to the host or the disk are not in 
 passes: such a model can answer, but it can neither be scored nor patched.
 """
 
+import gc
 from collections.abc import Iterable
 
 import torch
@@ -40,3 +41,15 @@ def check_in_memory(weights: Iterable[tuple[str, torch.Tensor]]) -> None:
                 "where it can be neither scored nor patched: take a smaller backbone, NF4, or "
                 "backbone.device: cpu."
             )
+
+
+def release(model: nn.Module) -> None:
+    """Give back the memory of a model that is needed no more, whoever still refers to it.
+
+    It is empty afterwards, and cannot compute.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -5,7 +5,7 @@ No code from a checkpoint is run and no pickle is read.
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from spkit.models.nf4 import check_nf4
 from spkit.models.prompt_checks import check_ids, check_vocabulary
 from spkit.models.templates import check_template, set_template, template_of
 from spkit.models.weights import guard_nf4
+from spkit.system.machine import free_memory
 from spkit.system.out_of_memory import explained
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -33,10 +34,12 @@ def load(
     dtype: str = "float32",
     quantization: str = "none",
     device: str = "auto",
+    gpus: Sequence[int] | None = None,
     **prompts: Any,
 ):
     """(model, tokenizer) from a folder written by save_pretrained or from a hub id.
 
+    gpus: the numbers of those that "balanced" spreads it over; None: all.
     prompts: system_prompt, chat_template and chat_template_arguments, as in `load_tokenizer`.
 
     The model is in eval mode. quantization="nf4": the linear layers are kept in NF4 with double
@@ -48,6 +51,7 @@ def load(
     _require("quantization", quantization, QUANTIZATIONS)
     place = resolve_device(device)
     options = {"dtype": resolve_dtype(dtype, place), "quantization": quantization, "device": place}
+    options["gpus"] = gpus
     tokenizer = load_tokenizer(source, revision=revision, **prompts)
     model = read_model(AutoModelForCausalLM, source, revision=revision, **options)
     check_tokenizer(model, tokenizer)
@@ -62,6 +66,7 @@ def read_model(
     dtype: str,
     quantization: str,
     device: str,
+    gpus: Sequence[int] | None = None,
 ) -> nn.Module:
     """The model alone, of any of transformers' auto classes, in eval mode; see `load`.
 
@@ -78,6 +83,8 @@ def read_model(
         )
     place = ALL_GPUS if device == ALL_GPUS else {"": device}
     options = {"dtype": DTYPES[dtype], "device_map": place}
+    if gpus is not None:  # the others belong to other processes
+        options["max_memory"] = {number: free_memory(f"cuda:{number}") for number in gpus}
     if quantization == "nf4":
         options["quantization_config"] = _nf4(DTYPES[dtype])
     lower = {"quantization": quantization} if quantization == "none" else {}

@@ -35,6 +35,7 @@ PLUMBING = frozenset(
         *("system.files", "system.fingerprint", "system.lock"),
         *("system.machine", "system.made_from", "system.out_of_memory"),
         *("system.hub", "system.progress", "system.record", "system.store"),
+        *("distributed.launch", "system.accelerate_file"),
         *("comparison.plan", "comparison.budget"),
         "comparison.run",
         *(f"workflow.{part}" for part in ("child", "engine", "job", "plan", "units")),

@@ -1,4 +1,21 @@
-"""Progress bars that end as they should."""
+"""Progress bars that end as they should, and that another process can show."""
+
+from collections.abc import Callable
+
+from tqdm.auto import tqdm
+
+_made: Callable = tqdm
+
+
+def bar(**how):
+    """A tqdm bar, given what tqdm takes."""
+    return _made(**how)
+
+
+def shown_by(made: Callable) -> None:
+    """From now on `bar` makes these instead; they have tqdm's methods."""
+    global _made
+    _made = made
 
 
 def complete(bar, why: str) -> None:

@@ -216,7 +216,7 @@ class Bar:
 @pytest.fixture
 def bars(monkeypatch):
     Bar.made = []
-    monkeypatch.setattr(training, "tqdm", Bar)
+    monkeypatch.setattr(training.progress, "_made", Bar)
     return Bar.made
 
 
