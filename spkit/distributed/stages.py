@@ -43,7 +43,8 @@ def derive_in_processes(
     for _ in launch.heard(launch.command(file, told), own, config.threads):
         run.push()  # a checkpoint was written
     patches = [Factors.load(own / f"{name}.safetensors") for name in NAMES.values()]
-    curves = pd.read_csv(own / CURVES, float_precision="round_trip", keep_default_na=False)
+    exact = {"loss": float, "grad_norm": float}  # pandas' own reading may miss the last bit
+    curves = pd.read_csv(own / CURVES, converters=exact, keep_default_na=False)
     shutil.rmtree(own)
     return {patch.name: patch for patch in patches}, curves
 

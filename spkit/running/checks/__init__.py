@@ -21,7 +21,7 @@ from rich.table import Table
 
 from spkit.config import Config
 from spkit.errors import SpkitError
-from spkit.running.checks import backbone, evaluation, place, texts
+from spkit.running.checks import backbone, evaluation, place, processes, texts
 from spkit.running.checks.finding import Finding
 from spkit.running.runs import STAGES
 
@@ -57,6 +57,7 @@ def _looked(config: Config, sections: set[str], fetch: bool) -> Iterator[Finding
     if "backbone" not in sections:  # notebook 05 reads tables
         return
     yield from place.device(config)
+    yield from processes.asked(config, sections)
     models = list(backbone.found(config, derives="derivation" in sections))
     yield from models
     data = list(texts.sources(config, fetch))
