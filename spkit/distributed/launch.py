@@ -30,8 +30,8 @@ def command(file: AccelerateFile, arguments: Sequence[str]) -> list[str]:
     """`accelerate launch` with this file, and spkit.distributed in each process."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file.path)]
     launch += ["--main_process_port", "0"]  # any that is free: other runs may be on this machine
-    if file.on_cpu and file.processes > 1:
-        launch.append("--multi_gpu")  # torchrun; by itself it would ask for MPI on a CPU
+    if file.on_cpu and not file.sharded and file.processes > 1:
+        launch.append("--multi_gpu")  # with torchrun: for MULTI_CPU it would ask for MPI
     return [*launch, "-m", "spkit.distributed", *arguments]
 
 
