@@ -14,24 +14,24 @@ GPU nothing has been measured yet.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pandas as pd
 
 from spkit.config import Config
 from spkit.errors import SpkitError
-from spkit.method.balancing import AT_ONCE
-from spkit.models.devices import is_gpu
-from spkit.models.loading import DTYPES, resolve_device
-from spkit.running.shape import Matrix, Shape, shape_of
+from spkit.running.sizes import Matrix, Shape
 from spkit.system.machine import free_memory, layers_that_fit, own_memory
 
 GIB = 2**30
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight, with double quantisation
 FP32, INT32, INT64, BIT = 4, 4, 8, 1 / 8
+ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 # Lengths that the parameters leave open, in tokens.
 SANDBOX_TOKENS, UNKNOWN_TOKENS = 48, 1024  # of a pair or a prompt; the latter is a guess
+AT_ONCE = 4096  # as in method/balancing.py, which imports torch
 PERPLEXITY_TOKENS = 512  # utility/likelihood.py cuts longer texts
 
 # Counted in the code of torch, transformers, peft and this kit, and held against the sizes of
@@ -100,7 +100,7 @@ class Sizes:
         dtype = self.config.backbone.compute_dtype
         if dtype == "auto":
             return 4 if self.device == "cpu" else 2
-        return DTYPES[dtype].itemsize
+        return ITEM[dtype]
 
     @property
     def pair_tokens(self) -> int:
@@ -115,7 +115,7 @@ class Sizes:
         own = self.config.data.evaluation == "sandbox"
         return min(SANDBOX_TOKENS, self.pair_tokens) if own else self.pair_tokens
 
-    @property
+    @cached_property
     def targets(self) -> tuple[Matrix, ...]:
         """The matrices that get a patch."""
         return self.shape.targeted(self.config.derivation.lora.targets)
@@ -163,6 +163,11 @@ class Sizes:
         if kind == "trained" and c < FP32:
             return kept + sum(FP32 * m.columns for m in self.targets)
         return kept if kind == "passed" else kept + c * (2 * s.hidden + s.intermediate)
+
+
+def is_gpu(device: str) -> bool:
+    """Whether a resolved device has memory of its own; as models/devices.py says it with torch."""
+    return device == "balanced" or device.partition(":")[0] == "cuda"
 
 
 # ---- the moments at which a stage holds most -----------------------------------------------------
@@ -216,7 +221,7 @@ def importance(see: Sizes, patches: int = 0) -> list[Moment]:
     """
     i, d, s = see.config.importance, see.config.derivation, see.shape
     walks = 2 if i.scored_model == "patched" else 1
-    depth = _layers_per_pass(see)
+    depth = layers_in_a_pass(see)
     tokens = min(i.batch_size, i.samples) * see.pair_tokens
     window = FP32 * see.targeted * depth / s.layers
     lower = ("importance.layers_per_pass", "importance.batch_size", "data.max_tokens")
@@ -257,7 +262,7 @@ def importance(see: Sizes, patches: int = 0) -> list[Moment]:
     return moments
 
 
-def _layers_per_pass(see: Sizes) -> int:
+def layers_in_a_pass(see: Sizes) -> int:
     """importance.layers_per_pass as a number; "auto" as the scoring takes it, 1 if free is None."""
     wanted, s = see.config.importance.layers_per_pass, see.shape
     if wanted != "auto":
@@ -417,6 +422,36 @@ def predict(
     return frame
 
 
+SPLIT = {  # what several GPUs share; all else is on one of them, the fullest
+    # layer after layer: backbone.device "balanced"
+    "balanced": {BACKBONE, FACTORS, OPTIMIZER, ACTIVATIONS, DELTA, CACHE, PATCHES},
+    # each GPU has a part of every weight, and pairs of its own: FSDP, for the derivation
+    "fsdp": {BACKBONE, FACTORS, OPTIMIZER},
+}
+
+
+def of_each_gpu(
+    config: Config, shape: Shape, stage: str, gpus: int, room: float, how: str = "balanced"
+) -> float:
+    """Predicted GiB of the fullest of several GPUs, each with `room` bytes, at a stage's peak.
+
+    how: a key of SPLIT. Under FSDP a GPU also holds two layers whole, one of them being fetched.
+    Shares are taken to be equal: a layer too many on one GPU is not counted.
+    """
+    see = Sizes(config, shape, "balanced")
+    backbone = see.backbone(config.derivation.quantization)
+    # importance.layers_per_pass goes by what one GPU has left
+    see = Sizes(config, shape, "balanced", room + (1 - 1 / gpus) * backbone)
+    worst = 0.0
+    for moment in STAGES[stage](see):
+        parts = {part: held[0] for part, held in moment.items()}
+        own = sum(size / (gpus if part in SPLIT[how] else 1) for part, size in parts.items())
+        if how == "fsdp" and gpus > 1:
+            own += 2 * parts.get(BACKBONE, 0.0) / shape.layers
+        worst = max(worst, CONTEXT_BYTES + (1 + FRAGMENTS) * own)
+    return worst / GIB
+
+
 def needs(config: Config, stage: str) -> pd.DataFrame:
     """The predicted peaks of one notebook on this machine, and a sentence on whether they fit.
 
@@ -426,6 +461,9 @@ def needs(config: Config, stage: str) -> pd.DataFrame:
     out. Nothing is loaded: of a model on the hub only the configuration is fetched, of a pypi:
     source the file. SpkitError where it cannot be read.
     """
+    from spkit.models.loading import resolve_device
+    from spkit.running.shape import shape_of
+
     device = resolve_device(config.backbone.device)
     here = available(device)
     shape = shape_of(config, fetch=True)
@@ -443,6 +481,9 @@ def overview(config: Config) -> str:
     SpkitError where the backbone's configuration cannot be read, and for a pypi: source that is
     not in the cache yet.
     """
+    from spkit.models.loading import resolve_device
+    from spkit.running.shape import shape_of
+
     device = resolve_device(config.backbone.device)
     here, shape = available(device), shape_of(config)
     free = here["GPU GiB" if is_gpu(device) else "host GiB"] * GIB

@@ -6,8 +6,7 @@ Only the configuration of a hub model is fetched; of a GGUF file only the head i
 file does not do: say how much memory anything needs (memory.py).
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -15,7 +14,7 @@ from torch import nn
 from spkit.config import PLACEHOLDER, Config
 from spkit.errors import SpkitError, first_line
 from spkit.models.gguf import gguf_file, is_gguf
-from spkit.models.targets import chosen, is_named, leaf
+from spkit.models.targets import leaf
 from spkit.models.weights import (
     decoder_layers,
     decoder_path,
@@ -23,73 +22,9 @@ from spkit.models.weights import (
     linear_layers,
     target_weights,
 )
+from spkit.running.sizes import Matrix, Shape
 from spkit.sandbox.tokenizer import build_tokenizer
 from spkit.sandbox.train import build_model
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A linear layer that stands `count` times in the model, once in each decoder layer.
-
-    paths: of those that can be targets; experts cannot.
-    """
-
-    name: str
-    rows: int
-    columns: int
-    count: int
-    paths: tuple[str, ...]
-
-    @property
-    def weights(self) -> int:
-        """Of one of them."""
-        return self.rows * self.columns
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Numbers of weights, and widths in weights.
-
-    matrices: the linear layers of the decoder, which NF4 quantises. outside: all other weights
-    (embeddings, norms, lm_head; a tied lm_head counts once). query, kv: widths of all the heads
-    together. checkpoint_bytes: of a weight on the disk. stack: path of the decoder layers.
-    left_out: a line for each part that no targets reach. head: the one behind the decoder, where
-    it can be a target; it is not among the matrices, for NF4 leaves it alone.
-    """
-
-    matrices: tuple[Matrix, ...]
-    stack: str
-    left_out: tuple[str, ...]
-    outside: int
-    layers: int
-    hidden: int
-    intermediate: int
-    query: int
-    kv: int
-    vocabulary: int
-    checkpoint_bytes: int
-    head: Matrix | None = None
-
-    @property
-    def linear(self) -> int:
-        """Weights of all matrices."""
-        return sum(m.weights * m.count for m in self.matrices)
-
-    @property
-    def weights(self) -> int:
-        """All weights of the model."""
-        return self.linear + self.outside
-
-    def targeted(self, targets: Sequence[str] | str) -> tuple[Matrix, ...]:
-        """The matrices that `targets` names (models/targets.py), each with the number of them."""
-        matrices = (*self.matrices, *filter(None, [self.head]))
-        paths = [path for matrix in matrices for path in matrix.paths]
-        if isinstance(targets, str):
-            hit = set(chosen(paths, targets, self.stack, {}))
-        else:
-            hit = {path for path in paths if is_named(path, targets)}
-        own = ((m, tuple(path for path in m.paths if path in hit)) for m in matrices)
-        return tuple(replace(m, count=len(found), paths=found) for m, found in own if found)
 
 
 def shape_of(config: Config, *, fetch: bool = False) -> Shape:

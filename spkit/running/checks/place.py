@@ -10,9 +10,9 @@ from spkit.errors import SpkitError
 from spkit.running import mirror
 from spkit.running.checks.finding import Finding, looked
 from spkit.running.runs import run_folder
+from spkit.running.sizes import written
 
 GIB = 2**30
-PATCH_SHARE = 0.05  # a patch file, of the checkpoint: more than any of docs/patch_format.md
 
 
 def folders(config: Config) -> Iterator[Finding]:
@@ -92,20 +92,6 @@ def disk_and_memory(config: Config) -> Iterator[Finding]:
     for line in lines:
         fits = line.startswith("every notebook fits")
         yield Finding("memory", line, ok=True if fits else None)
-
-
-def written(config: Config, shape) -> float:
-    """Bytes that notebooks 00 to 04 leave in the run folder, figures and tables not counted."""
-    targets = shape.targeted(config.derivation.lora.targets)
-    targeted = sum(m.weights * m.count for m in targets)
-    factors = sum(config.derivation.lora.r * (m.rows + m.columns) * m.count for m in targets)
-    checkpoint = shape.weights * shape.checkpoint_bytes
-    patches = 2 * 4 * factors
-    scores = 2 * 4 * targeted if config.importance.save == "scores" else 2 * targeted / 8
-    patched = (1 + PATCH_SHARE) * checkpoint
-    # of each method of the continual study its last model stays, and one more is being written
-    continual = (len(config.continual.methods) + 1) * checkpoint
-    return patches + scores + patched + continual
 
 
 def _bytes_in(folder: Path) -> int:
