@@ -104,8 +104,11 @@ def stamp(config: Config, stage: str) -> Path:
 # ---- what a stage is made from -------------------------------------------------------------------
 
 
-def identity(config: Config, stage: str) -> dict[str, Any]:
-    """All that decides a stage's results: parameters, seed, contents of input files, code."""
+def identity(config: Config, stage: str, code: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """All that decides a stage's results: parameters, seed, contents of input files, code.
+
+    code: what `code_of` gives, where a plan of many has asked already.
+    """
     sections = STAGES[stage].sections
     dumped = config.model_dump(mode="json")
     params = {section: dumped[section] for section in sections}
@@ -116,9 +119,7 @@ def identity(config: Config, stage: str) -> dict[str, Any]:
     if "data" in params:  # another evaluation, the same patches
         whole = "evaluation" in params
         params["data"] = of_data(config) if whole else of_pairs(config.data)
-    files, code = input_files(config, sections), dict(_code(stage))
-    if "sandbox" in sections and config.backbone.source == "sandbox":
-        code |= made_from.code(["spkit.sandbox.backbone"])  # its weights, shipped or trained
+    files, code = input_files(config, sections), dict(code or code_of(config, stage))
     if "align" in sections and made.needed(config):
         before = made.identity(config)  # of the stage before notebook 00
         params["alignment"], code = before["params"], code | before["code"]
@@ -130,6 +131,14 @@ def identity(config: Config, stage: str) -> dict[str, Any]:
         "files": files,
         "code": code,
     }
+
+
+def code_of(config: Config, stage: str) -> dict[str, str]:
+    """{file: SHA-256} of the code that a stage runs, without that of an alignment before it."""
+    code = dict(_code(stage))
+    if "sandbox" in STAGES[stage].sections and config.backbone.source == "sandbox":
+        code |= made_from.code(["spkit.sandbox.backbone"])  # its weights, shipped or trained
+    return code
 
 
 def _code(stage: str) -> Iterator[tuple[str, str]]:

@@ -11,6 +11,9 @@
       - {}
     last: 03_controllable_patching   # the notebook that a point ends with
 
+Several such products in one file are `parts: [{name: a, grid: ...}, {name: b, ...}]`; what a part
+does not say is as above it.
+
 points.py makes the points of it. Nothing is loaded here but the file.
 """
 
@@ -40,17 +43,11 @@ FIXED = {  # what may be set, and decides no result
 Values = dict[str, Any]
 
 
-class SweepFile(Section):
-    """A sweep as it is written."""
+class Part(Section):
+    """Points that are one product: params files x entries of `points` x grid x seeds."""
 
-    name: str | None = Field(
-        None,
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-        max_length=100,
-        description="of the results' folder; null: the file's own",
-    )
-    params: Place | Annotated[list[Place], Field(min_length=1)] = Field(
-        description="the params file, or several"
+    params: Place | Annotated[list[Place], Field(min_length=1)] | None = Field(
+        None, description="the params file, or several"
     )
     seeds: list[Annotated[int, Field(ge=0, le=2**32 - 1)]] | None = Field(
         None, min_length=1, description="null: the params file's seed"
@@ -59,6 +56,12 @@ class SweepFile(Section):
     grid: Values = Field({}, description="dotted keys and lists of values: every combination")
     points: list[Values] = Field([], description="dotted keys and values that belong together")
     last: Literal[*LASTS] = Field(LASTS[0], description="the notebook that a point ends with")
+    name: str = Field(
+        "",
+        pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$",
+        max_length=100,
+        description="of a part: a column of the table; of the file: the results' folder",
+    )
 
     @model_validator(mode="after")
     def _grid_is_lists(self):
@@ -71,7 +74,7 @@ class SweepFile(Section):
 
     @model_validator(mode="after")
     def _nothing_twice(self):
-        for name in ("params", "seeds", "points"):
+        for name in ("params", "seeds", "points"):  # the table would have rows twice
             values = getattr(self, name)
             if isinstance(values, list) and (again := _twice(values)):
                 raise Wrong(name, again[0], "and stands twice")
@@ -117,22 +120,54 @@ class SweepFile(Section):
     @property
     def params_files(self) -> list[str]:
         """The params files, also where there is one."""
-        return [self.params] if isinstance(self.params, str) else list(self.params)
+        return [self.params] if isinstance(self.params, str) else list(self.params or [])
 
 
-def read(path: str | Path) -> SweepFile:
-    """The sweep of a file; SpkitError names the line, the key and what is expected there."""
+class SweepFile(Part):
+    """A sweep as it is written."""
+
+    parts: list[Values] = Field([], description="each with a name, and what is not as above it")
+
+
+def read(path: str | Path) -> tuple[str, list[Part]]:
+    """(the sweep's name, its parts); SpkitError names the line, the key and what is expected."""
     values = read_yaml(path)
     try:
         refuse_tokens(values)
-        found = checked(SweepFile, values, Path(path))
+        file = checked(SweepFile, values, Path(path))
+        parts = _parts(file, path) if file.parts else [file.model_copy(update={"name": ""})]
     except SpkitError as error:
         raise located(path, str(error)) from None
-    name = Path(path).stem if found.name is None else found.name
     try:
-        return checked(SweepFile, {**found.model_dump(), "name": name})
+        name = checked(Part, {"name": file.name or Path(path).stem}).name
     except SpkitError as error:
         raise SpkitError(f"{path}: {error}; write a name into the file") from None
+    return name, parts
+
+
+def _parts(file: SweepFile, path: str | Path) -> list[Part]:
+    """The parts of a file, each with what it takes from the file."""
+    for key in ("grid", "points"):
+        if getattr(file, key):
+            raise SpkitError(
+                f"{key} is {getattr(file, key)!r}, but where there are parts it is theirs"
+            )
+    common = file.model_dump(exclude={"name", "parts"}, exclude_unset=True)
+    found: list[Part] = []
+    for number, values in enumerate(file.parts, start=1):
+        own = {**common, **values}
+        if isinstance(values.get("set"), Mapping):
+            own["set"] = {**file.set, **values["set"]}
+        try:
+            part = checked(Part, own, Path(path))
+        except SpkitError as error:
+            raise SpkitError(f"parts.{number}: {error}") from None
+        if not part.name or part.name in [other.name for other in found]:
+            raise SpkitError(
+                f"parts.{number}: name is {part.name!r}, must be another than the others'"
+            )
+        found.append(part)
+    return found
 
 
 def located(path: str | Path, said: str) -> SpkitError:

@@ -89,7 +89,7 @@ def require(config: Config, stage: str | None = None) -> None:
 
     What the same process has checked, or the `spkit run` that started it, is not looked at again.
     """
-    mark = hashlib.sha256(config.model_dump_json().encode()).hexdigest()
+    mark = mark_of(config)
     if os.environ.get(CHECKED) == mark:
         return
     wrong = problems(findings(config, stage=stage, fetch=True))
@@ -100,6 +100,11 @@ def require(config: Config, stage: str | None = None) -> None:
         raise SpkitError(f"{len(wrong)} things are in the way, so nothing was begun:{lines}")
     if stage in (None, FIRST):
         os.environ[CHECKED] = mark
+
+
+def mark_of(config: Config) -> str:
+    """What the variable CHECKED holds where these parameters were looked at."""
+    return hashlib.sha256(config.model_dump_json().encode()).hexdigest()
 
 
 def table(found: list[Finding], width: int = 100) -> str:
