@@ -1,0 +1,148 @@
+"""A sweep from its file to its tables.
+
+    run("params/sweeps/retention.yaml", {}, cores=2)
+
+Everything is looked at first: the file, every point's parameters, and what `spkit check` looks at.
+Then the units run that are not done; then the results of all complete points are gathered. What
+failed is told at the end, with the points that it stops. The same command does only the rest.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spkit.config import Config
+from spkit.errors import SpkitError
+from spkit.running import checks
+from spkit.running.walkthrough import duration
+from spkit.sweeps.points import Point, Sweep, expand
+from spkit.sweeps.resources import resources
+from spkit.sweeps.units import PLANNER, Graph, build
+from spkit.workflow.plan import Plan
+
+SHOWN = 3  # points that a failed unit stops, by their values
+CHECKED = ("backbone", "sandbox", "data", "align", "judges", "utility")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A sweep, the graph of its notebooks, and the plan that the engine runs."""
+
+    sweep: Sweep
+    graph: Graph
+    plan: Plan
+
+    def opening(self, cores: int | None) -> str:
+        """How many points and units, what they share, an estimate. cores: None on a cluster."""
+        sweep, units, todo = self.sweep, self.plan.units, self.plan.todo()
+        alone = sum(len(chain) for chain in self.graph.chains)
+        lines = [f"{sweep.name}: {len(sweep.points)} points in {sweep.root}"]
+        shared = f"{alone} notebooks, {len(units)} of them different"
+        if not todo:
+            return f"{lines[0]}\n{shared}: all are done"
+        work = sum(unit.seconds for unit in todo)
+        left = f"about {duration(work / cores)}" if cores else f"{duration(work)} of work"
+        return f"{lines[0]}\n{shared}: {len(todo)} to run, {left}"
+
+
+def plan_of(sweep: Sweep, *, cluster: bool = False) -> Planned:
+    """cluster: whether the units will run on other machines."""
+    given = sweep.given()
+    found = resources(build(sweep).units, sweep.root, cluster)
+    graph = build(sweep, found)
+    plan = Plan(sweep.root, sweep.name, PLANNER, {**given, "resources": found}, graph.units)
+    return Planned(sweep, graph, plan)
+
+
+def require_runnable(sweep: Sweep) -> None:
+    """SpkitError where a point could not end: `spkit check` of each different backbone and data."""
+    seen: set[str] = set()
+    problems: dict[str, Point] = {}
+    for point in sweep.points:
+        config, derivation = point.config, point.config.derivation
+        parts = [getattr(config, name).model_dump_json() for name in CHECKED]
+        parts += [json.dumps([derivation.se, derivation.osm, derivation.lora.targets])]
+        if (alike := " ".join(parts)) in seen:
+            continue
+        seen.add(alike)
+        own = config.model_copy(update={"outputs": str(sweep.root), "run_name": "units"})
+        try:
+            checks.require(own)
+        except SpkitError as error:
+            problems.setdefault(str(error), point)
+    if problems:
+        said = [f"point {point.number} ({point.label}): {e}" for e, point in problems.items()]
+        raise SpkitError("\n".join(said))
+
+
+def run(
+    path: str | Path,
+    given: Mapping[str, Any],
+    *,
+    cores: int = 2,
+    profile: str | Path | None = None,
+    keep_going: bool = True,
+) -> bool:
+    """Run a sweep and write its tables; whether every point is complete.
+
+    given: values of -o. profile: a folder of Snakemake's options, for a cluster.
+    """
+    from spkit.sweeps import gather
+    from spkit.workflow import engine
+
+    sweep = expand(path, given)
+    planned = plan_of(sweep, cluster=profile is not None)
+    if planned.plan.todo():
+        require_runnable(sweep)
+    print(planned.opening(None if profile else cores), flush=True)
+    outcome = engine.run(planned.plan, cores=cores, profile=profile, keep_going=keep_going)
+    complete = [
+        number
+        for number, chain in enumerate(planned.graph.chains)
+        if not any(unit in outcome.failed or unit in outcome.blocked for unit in chain.values())
+    ]
+    if complete:
+        print(gather.write(sweep, planned.graph, outcome.places, complete))
+    if not outcome.complete:
+        print(failures(planned, outcome.failed))
+    return outcome.complete
+
+
+def failures(planned: Planned, failed: Mapping[str, str]) -> str:
+    """Each failed unit: why, its executed notebook, and the points that end there."""
+    points, chains = planned.sweep.points, planned.graph.chains
+    lines = []
+    for name, reason in failed.items():
+        stopped = [p for p, chain in zip(points, chains, strict=True) if name in chain.values()]
+        lines.append(f"\nfailed: {reason}")
+        lines += [f"  point {point.number}: {point.label}" for point in stopped[:SHOWN]]
+        if len(stopped) > SHOWN:
+            lines.append(f"  and {len(stopped) - SHOWN} points more")
+    stopped = [chain for chain in chains if any(unit in failed for unit in chain.values())]
+    lines.append(
+        f"\n{len(stopped)} of {len(points)} points failed; the same command does only these again"
+    )
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Work:
+    """A unit as the forecast needs it. points: how many use it."""
+
+    stage: str
+    config: Config
+    points: int
+
+
+def forecast(path: str | Path, given: Mapping[str, Any], *, device: str, cores: int) -> str:
+    """What a sweep would take; nothing is loaded."""
+    from spkit.sweeps.forecast import table
+
+    sweep = expand(path, given)
+    graph = build(sweep)
+    used = Counter(unit for chain in graph.chains for unit in chain.values())
+    units = [Work(u.inputs["stage"], u.inputs["config"], used[u.name]) for u in graph.units]
+    return table(sweep.name, sweep.points, units, device, cores)
