@@ -104,10 +104,13 @@ def stamp(config: Config, stage: str) -> Path:
 # ---- what a stage is made from -------------------------------------------------------------------
 
 
-def identity(config: Config, stage: str, code: Mapping[str, str] | None = None) -> dict[str, Any]:
+def identity(
+    config: Config, stage: str, code: Mapping[str, str] | None = None, *, files: bool = True
+) -> dict[str, Any]:
     """All that decides a stage's results: parameters, seed, contents of input files, code.
 
-    code: what `code_of` gives, where a plan of many has asked already.
+    code: what `code_of` gives, where a plan of many has asked already. files: False where the input
+    files may not be here, for a forecast: no result has such an identity.
     """
     sections = STAGES[stage].sections
     dumped = config.model_dump(mode="json")
@@ -119,16 +122,17 @@ def identity(config: Config, stage: str, code: Mapping[str, str] | None = None) 
     if "data" in params:  # another evaluation, the same patches
         whole = "evaluation" in params
         params["data"] = of_data(config) if whole else of_pairs(config.data)
-    files, code = input_files(config, sections), dict(code or code_of(config, stage))
-    if "align" in sections and made.needed(config):
+    code = dict(code or code_of(config, stage))
+    digests = input_files(config, sections) if files else {}
+    if files and "align" in sections and made.needed(config):
         before = made.identity(config)  # of the stage before notebook 00
         params["alignment"], code = before["params"], code | before["code"]
-        files |= {f"alignment.{key}": value for key, value in before["files"].items()}
+        digests |= {f"alignment.{key}": value for key, value in before["files"].items()}
     return {
         "stage": stage,
         "seed": config.seed,
         "params": one_spelling(params),
-        "files": files,
+        "files": digests,
         "code": code,
     }
 

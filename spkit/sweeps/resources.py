@@ -1,8 +1,7 @@
 """What a unit is given: seconds, memory of the host, threads and GPUs. No result depends on it.
 
 Seconds are those of the same notebook on the same backbone, of this sweep or of an ordinary run;
-then the sandbox's; then a rough rule by the number of weights, good to a factor of ten. Memory is
-the predictor's (running/memory.py).
+else the forecast's (running/forecast.py). Memory is the predictor's (running/memory.py).
 """
 
 import json
@@ -11,17 +10,20 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from spkit.config import Config, SandboxConfig
+from spkit.config import Config
 from spkit.errors import SpkitError
-from spkit.running.runs import STAGES, stage_folder
-from spkit.running.walkthrough import SANDBOX_SECONDS
+from spkit.running import memory
+from spkit.running.forecast import Device, device_named, forecast, seconds
+from spkit.running.runs import stage_folder
+from spkit.running.sizes import Shape
+from spkit.running.widths import planned_shape
+from spkit.sweeps.forecast import LARGE, gpus_for
 from spkit.workflow.units import Unit
 
-STARTING = 6.0  # seconds that a kernel takes to start and to import
-LEAST_MIB, SPARE, UNKNOWN_MIB = 2048, 1.3, 16_384
+STARTING = 6.0  # seconds that a kernel takes to start and to import, which no record counts
+LEAST_MIB, SPARE = 2048, 1.3
 JOB_MIB = 256  # the process beside the notebook's kernel
-GPU_SPEED = 100  # times a CPU core, where nothing has been timed
-SANDBOX_WEIGHTS = 1_880_000
+UNKNOWN = {"seconds": 3600.0, "memory_mib": 32_768}  # of a backbone whose sizes are not known here
 
 
 def resources(units: Iterable[Unit], root: Path, cluster: bool) -> dict[str, dict[str, Any]]:
@@ -29,65 +31,94 @@ def resources(units: Iterable[Unit], root: Path, cluster: bool) -> dict[str, dic
 
     cluster: whether device "auto" finds a GPU where the unit will run, rather than here.
     """
-    of_units, predictor, found = _times(root.glob("units/*/*")), _Memory(), {}
+    taken, known = _Taken(root), _Known()
+    found = {}
     for unit in units:
         stage, config = unit.inputs["stage"], unit.inputs["config"]
-        gpu = gpus(config, cluster)
-        weights = predictor.weights(config)
-        seconds = of_units.get(_alike(stage, config.model_dump(mode="json")))
-        found[unit.name] = {
-            "seconds": round(seconds or _seconds(config, stage, weights, gpu), 1),
-            "memory_mib": predictor.mib(config, stage, gpu),
-            "threads": config.threads or 1,
-            "gpus": gpu,
-        }
+        needs = known.needs(stage, config, cluster)
+        if (before := taken.seconds(stage, config)) is not None:
+            needs = {**needs, "seconds": round(before, 1)}
+        found[unit.name] = needs
     return found
 
 
-def gpus(config: Config, cluster: bool) -> int:
-    """How many GPUs a notebook is given: 1 where its parameters' device is one.
+def on_gpu(config: Config, cluster: bool) -> bool:
+    """Whether a notebook computes on a GPU.
 
     "auto" is one on a cluster, but for the sandbox's small model; here it is what this machine has.
     """
     device = config.backbone.device
-    if device == "auto":
-        if not cluster:
-            from torch import cuda
+    if device != "auto":
+        return device not in ("cpu", "mps")
+    if cluster:
+        return config.backbone.source != "sandbox"
+    from torch import cuda
 
-            return int(cuda.is_available())
-        return int(config.backbone.source != "sandbox")
-    return int(device not in ("cpu", "mps"))
-
-
-def _seconds(config: Config, stage: str, weights: int | None, gpu: int) -> float:
-    """Where this sweep has not run the notebook on this backbone."""
-    plain = config.sandbox == SandboxConfig()
-    runs = stage_folder(config, stage).parents[1].glob(f"seed-*/{stage}/record.json")
-    taken = [seconds for path in sorted(runs) if (seconds := _taken(path)[1])]
-    if taken:
-        return STARTING + median(taken)
-    if config.backbone.source == "sandbox" and plain:
-        return STARTING + SANDBOX_SECONDS[stage]
-    share = (weights or SANDBOX_WEIGHTS) / SANDBOX_WEIGHTS / (GPU_SPEED if gpu else 1)
-    return STARTING + share * SANDBOX_SECONDS[stage]
+    return cuda.is_available()
 
 
-def _times(units: Iterable[Path]) -> dict[str, float]:
-    """{what is alike in notebooks: seconds} of finished units."""
-    times: dict[str, list[float]] = {}
-    for folder in units:
-        for path in folder.glob(f"run/seed-*/{_stage_in(folder)}/record.json"):
-            alike, seconds = _taken(path)
-            if alike and seconds:
-                times.setdefault(alike, []).append(STARTING + seconds)
-    return {alike: median(seconds) for alike, seconds in times.items()}
+class _Known:
+    """What is predicted, once for parameters that need the same."""
+
+    def __init__(self):
+        self._shapes: dict[str, Shape | None] = {}
+        self._found: dict[tuple, dict[str, Any]] = {}
+
+    def needs(self, stage: str, config: Config, cluster: bool) -> dict[str, Any]:
+        """seconds, memory_mib, threads, gpus."""
+        alike = stage, config.model_copy(update={"seed": 0}).model_dump_json()
+        if alike not in self._found:
+            gpu, shape = on_gpu(config, cluster), self._shape(config)
+            needs = {**UNKNOWN, "threads": config.threads or 1, "gpus": int(gpu)}
+            if shape is not None:
+                needs |= _predicted(stage, config, shape, gpu)
+            self._found[alike] = needs
+        return self._found[alike]
+
+    def _shape(self, config: Config) -> Shape | None:
+        alike = config.backbone.model_dump_json() + config.sandbox.model_dump_json()
+        if alike not in self._shapes:
+            try:
+                self._shapes[alike] = planned_shape(config)
+            except SpkitError:
+                self._shapes[alike] = None
+        return self._shapes[alike]
 
 
-def _stage_in(folder: Path) -> str:
-    return next((path.stem for path in folder.glob("*.ipynb")), "none")
+def _predicted(stage: str, config: Config, shape: Shape, gpu: bool) -> dict[str, Any]:
+    device: Device = device_named(LARGE if gpu else "cpu", config.threads)
+    spread = config.backbone.device == "balanced"
+    gpus = max(1, gpus_for(config, shape, stage, device)[0]) if spread else int(gpu)
+    took = seconds(forecast(config, shape, device, max(1, gpus))[stage])
+    table = memory.predict(config, shape, stage, "cuda" if gpu else "cpu", device.memory)
+    need = SPARE * table.loc[memory.PEAK, "host GiB"] * 1024
+    mib = max(LEAST_MIB, round(need) + JOB_MIB)
+    return {"seconds": round(took, 1), "memory_mib": mib, "gpus": gpus}
 
 
-def _taken(path: Path) -> tuple[str, float]:
+class _Taken:
+    """What notebooks took before: the median over those of the same stage and backbone."""
+
+    def __init__(self, root: Path):
+        self._of_units: dict[str, list[float]] = {}
+        for folder in root.glob("units/*/*"):
+            stage = next((path.stem for path in folder.glob("*.ipynb")), "none")
+            for path in folder.glob(f"run/seed-*/{stage}/record.json"):
+                alike, took = _read(path)
+                self._of_units.setdefault(alike, []).append(took)
+
+    def seconds(self, stage: str, config: Config) -> float | None:
+        """In this sweep, else in ordinary runs of the same name; None where there was none."""
+        alike = _alike(stage, config.model_dump(mode="json", include={"backbone", "sandbox"}))
+        found = self._of_units.get(alike)
+        if found is None:
+            runs = stage_folder(config, stage).parents[1].glob(f"seed-*/{stage}/record.json")
+            found = [took for same, took in map(_read, sorted(runs)) if same == alike]
+            self._of_units[alike] = found
+        return STARTING + median(found) if found else None
+
+
+def _read(path: Path) -> tuple[str, float]:
     """(what is alike, seconds) of a stage's record; ("", 0) where it cannot be read."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -99,42 +130,3 @@ def _taken(path: Path) -> tuple[str, float]:
 def _alike(stage: str, params: Mapping[str, Any]) -> str:
     """The backbone: notebooks of one stage take about as long with other parameters."""
     return json.dumps([stage, params.get("backbone"), params.get("sandbox")], sort_keys=True)
-
-
-class _Memory:
-    """The predictor, asked once for what needs the same."""
-
-    def __init__(self):
-        self._shapes: dict[str, Any] = {}
-        self._found: dict[tuple, int] = {}
-
-    def weights(self, config: Config) -> int | None:
-        """Of the backbone; None where its sizes cannot be read here."""
-        shape = self._shape(config)
-        return None if shape is None else shape.weights
-
-    def mib(self, config: Config, stage: str, gpu: int) -> int:
-        """Of the host's memory."""
-        from spkit.running import memory
-
-        shape = self._shape(config)
-        if shape is None or stage not in STAGES:
-            return UNKNOWN_MIB
-        alike = config.model_copy(update={"seed": 0}).model_dump_json()
-        if (stage, alike) not in self._found:
-            table = memory.predict(config, shape, stage, "cuda" if gpu else "cpu")
-            need = table.loc[memory.PEAK, "host GiB"] * 1024
-            self._found[stage, alike] = max(LEAST_MIB, round(SPARE * need) + JOB_MIB)
-        return self._found[stage, alike]
-
-    def _shape(self, config: Config):
-        from spkit.running.shape import shape_of
-
-        parts = (config.backbone, config.sandbox, config.derivation.lora)
-        alike = " ".join(part.model_dump_json() for part in parts)
-        if alike not in self._shapes:
-            try:
-                self._shapes[alike] = shape_of(config)
-            except SpkitError:  # a hub model whose configuration is not here
-                self._shapes[alike] = None
-        return self._shapes[alike]

@@ -8,13 +8,11 @@ failed is told at the end, with the points that it stops. The same command does 
 """
 
 import json
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spkit.config import Config
 from spkit.errors import SpkitError
 from spkit.running import checks
 from spkit.running.walkthrough import duration
@@ -128,21 +126,10 @@ def failures(planned: Planned, failed: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class Work:
-    """A unit as the forecast needs it. points: how many use it."""
-
-    stage: str
-    config: Config
-    points: int
-
-
 def forecast(path: str | Path, given: Mapping[str, Any], *, device: str, cores: int) -> str:
-    """What a sweep would take; nothing is loaded."""
-    from spkit.sweeps.forecast import table
+    """What a sweep would take; nothing is loaded, and its input files may not be here."""
+    from spkit.sweeps.forecast import of_graph, table
 
     sweep = expand(path, given)
-    graph = build(sweep)
-    used = Counter(unit for chain in graph.chains for unit in chain.values())
-    units = [Work(u.inputs["stage"], u.inputs["config"], used[u.name]) for u in graph.units]
-    return table(sweep.name, sweep.points, units, device, cores)
+    graph = build(sweep, files=False)
+    return table(sweep.name, of_graph(sweep.points, graph.chains), device, cores)

@@ -48,12 +48,15 @@ def planned(given: Mapping[str, Any]) -> list[Unit]:
     return build(of_given(given), given.get("resources", {})).units
 
 
-def build(sweep: Sweep, resources: Mapping[str, Mapping[str, Any]] | None = None) -> Graph:
-    """resources: {unit: seconds, memory_mib, threads, gpus}.
+def build(
+    sweep: Sweep, resources: Mapping[str, Mapping[str, Any]] | None = None, *, files: bool = True
+) -> Graph:
+    """resources: {unit: seconds, memory_mib, threads, gpus}. files: False for a forecast, which
+    needs none of the input files.
 
     SpkitError where two points differ in nothing that a notebook of theirs depends on.
     """
-    builder = _Builder(sweep, resources or {})
+    builder = _Builder(sweep, resources or {}, files)
     chains: list[dict[str, str]] = []
     seen: dict[tuple, Point] = {}
     for point in sweep.points:
@@ -75,6 +78,7 @@ class _Builder:
 
     sweep: Sweep
     resources: Mapping[str, Mapping[str, Any]]
+    files: bool
     units: dict[str, Unit] = field(default_factory=dict)
     _known: dict[tuple, str] = field(default_factory=dict)
     _code: dict[tuple, tuple[dict[str, str], str]] = field(default_factory=dict)
@@ -93,7 +97,7 @@ class _Builder:
         if own not in self._code:
             code = code_of(config, stage)
             self._code[own] = code, _digest(code)
-        made_from = identity(config, stage, self._code[own][0])
+        made_from = identity(config, stage, self._code[own][0], files=self.files)
         # the name says with which parameters; the folder's digest also with which files and code
         name = _digest([stage, config.seed, made_from["params"], needs])[:DIGITS]
         name = f"{KINDS[stage]}/seed-{config.seed}-{name}"

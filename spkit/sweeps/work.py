@@ -4,7 +4,8 @@
     <unit>/run/seed-0/01_patch_derivation         a link to the unit that it reads from
     <unit>/02_importance_analysis.ipynb           the executed notebook
 
-So a finished unit is a run folder that every command can read. All paths in it are relative.
+So a finished unit is a run folder that every command can read, but for notebook 03's checkpoint,
+which patch.safetensors can be made into. All paths in it are relative.
 """
 
 import os
@@ -25,7 +26,7 @@ from spkit.system.files import TEMPORARY, atomic
 RUN_NAME = "run"
 CHECKPOINTS = "checkpoints"
 ALIGN = "align"  # beside the notebooks' folders, where the backbone is aligned here
-DERIVES = "01_patch_derivation"
+DERIVES, PATCHES = "01_patch_derivation", "03_controllable_patching"
 
 
 def stage_of(unit: Path, stage: str, seed: int) -> Path:
@@ -57,6 +58,8 @@ def run_notebook(
     failed = root / "failed" / f"{name}.ipynb"
     with _checkpoints(home / stage, root / CHECKPOINTS / name, stage == DERIVES):
         _execute(own, stage, folder / f"{stage}.ipynb", failed)
+    if stage == PATCHES:  # a checkpoint for each point would fill the disk; its patch is kept
+        shutil.rmtree(home / stage / "model", ignore_errors=True)
     _link(home, stage_of(final, "", config.seed), links, config.seed)
     failed.unlink(missing_ok=True)
 
