@@ -43,7 +43,10 @@ def drawn(table: pd.DataFrame, keys: Sequence[str]) -> Iterator[tuple[str, Figur
     for names, own in table.groupby(groups, sort=False):
         *part, params = names
         prefix = "-".join([*filter(None, part), Path(params).stem, ""]) if several else ""
-        numeric = [key for key in keys if _is_varied(own[key])]
+        numeric: list[str] = []
+        for key in keys:
+            if _is_varied(own[key]) and not any(_go_together(own, key, k) for k in numeric):
+                numeric.append(key)
         for key in numeric:
             rows, held = _held(own, [key], keys)
             yield f"{prefix}{key}", lines(rows, key, held)
@@ -122,8 +125,14 @@ def maps(table: pd.DataFrame, down: str, across: str, title: str = "") -> Figure
 
 def _is_varied(values: pd.Series) -> bool:
     """Whether it is a number with several values."""
-    numbers = [isinstance(x, int | float) and not isinstance(x, bool) for x in values.unique()]
-    return all(numbers) and len(numbers) > 1
+    if any(isinstance(value, bool) for value in values):
+        return False
+    return pd.to_numeric(values, errors="coerce").notna().all() and values.nunique() > 1
+
+
+def _go_together(table: pd.DataFrame, one: str, other: str) -> bool:
+    """Whether each value of one key has one of the other alone, as rank and alpha in `points`."""
+    return all((table.groupby(a)[b].nunique() == 1).all() for a, b in ((one, other), (other, one)))
 
 
 def _held(
@@ -131,7 +140,7 @@ def _held(
 ) -> tuple[pd.DataFrame, str]:
     """(the rows with the first value of every other key, these values in words).
 
-    A key that goes along with a shown one, as alpha with r in `points`, is not held.
+    A key of which one value would leave a shown one with one value is not held.
     """
     held = []
     for key in keys:
