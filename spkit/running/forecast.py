@@ -23,6 +23,7 @@ from spkit.config import Config
 from spkit.errors import SpkitError
 from spkit.running.memory import GIB, ITEM, NF4, Sizes, kept_share, layers_in_a_pass
 from spkit.running.sizes import Shape
+from spkit.running.widths import planned_shape
 
 FP32, INT32 = 4, 4
 
@@ -362,6 +363,15 @@ def sized(config: Config, shape: Shape, device: Device, gpus: int = 1) -> Sizes:
 def seconds(parts: tuple[Part, ...]) -> float:
     """All parts together."""
     return sum(part.seconds for part in parts)
+
+
+def seconds_of(config: Config, stage: str, device: str) -> float | None:
+    """Of one notebook on a device of DEVICES; None where the backbone's sizes are not known."""
+    try:
+        shape = planned_shape(config)
+    except SpkitError:
+        return None
+    return seconds(forecast(config, shape, device_named(device, config.threads))[stage])
 
 
 def device_named(name: str, threads: int | None = None) -> Device:

@@ -1,18 +1,18 @@
 """What a sweep will take: its notebooks, memory, hours and disk, by numbers alone.
 
-    print(table("paper", of_graph(sweep, graph), "h100"))
+    print(table("paper", points, units, "h100"))
 
 Nothing is loaded: sizes come from widths (running/widths.py), memory and time from the predictors
 (running/memory.py, running/forecast.py), with their assumptions (docs/planning.md).
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from spkit.config import Config
 from spkit.running import memory
-from spkit.running.forecast import STAGES, Device, device_named, forecast, seconds
+from spkit.running.forecast import Device, device_named, forecast, seconds
 from spkit.running.memory import GIB
 from spkit.running.sizes import Shape, written_by
 from spkit.running.widths import planned_shape
@@ -25,17 +25,16 @@ MOST_GPUS = 16
 
 @dataclass(frozen=True)
 class Work:
-    """A notebook that runs once. params: its params file. points: how many points need it."""
+    """A notebook that runs once. points: how many points need it."""
 
     stage: str
-    params: str
     config: Config
     points: int = 1
 
 
 @dataclass
 class Row:
-    """A notebook of one params file, over all units: GiB are the largest, the rest is the sum."""
+    """A notebook of one backbone, over all units: GiB are the largest, the rest is the sum."""
 
     units: int = 0
     alone: int = 0  # how many there would be if points shared nothing
@@ -47,43 +46,35 @@ class Row:
     bytes: float = 0.0
 
 
-def of_graph(points: Sequence, chains: Sequence[Mapping[str, str]]) -> list[Work]:
-    """The work of a sweep: its points (spkit/sweeps/points.py) and their chains of units."""
-    first, count = {}, {}
-    for point, chain in zip(points, chains, strict=True):
-        for stage, unit in chain.items():
-            first.setdefault(unit, (stage, point.params, point.config))
-            count[unit] = count.get(unit, 0) + 1
-    return [Work(*about, count[unit]) for unit, about in first.items()]
+def table(
+    name: str, points: Sequence, units: Sequence[Work], device: str = AUTO, cores: int = 2
+) -> str:
+    """The plan in words and columns: backbone by backbone, then the sums.
 
-
-def table(name: str, work: Iterable[Work], device: str = AUTO, cores: int = 2) -> str:
-    """The plan in words and columns. device: of running/forecast.py, or "auto".
-
-    "auto": the CPU for a backbone of less than a billion weights, else an A100. cores: of a CPU.
-    SpkitError for another device, and for a backbone whose sizes are not known without the hub.
+    points: only counted. device: of running/forecast.py, or "auto": the CPU for a backbone of less
+    than a billion weights, else an A100. cores: of a CPU. SpkitError for another device, and for a
+    backbone whose sizes are not known without the hub.
     """
-    work = list(work)
-    points = max((sum(w.points for w in work if w.stage == s) for s in STAGES), default=0)
-    alone, units = sum(w.points for w in work), len(work)
-    parts = [
-        f"{name}: {points} points, {units} notebooks to run "
-        f"({alone} if points shared nothing). Nothing was loaded: all figures are predicted."
-    ]
+    alone = sum(unit.points for unit in units)
+    said = f"{name}: {len(points):,} points, {len(units):,} notebooks to run"
+    parts = [f"{said} ({alone:,} if points shared nothing).\nPredicted; nothing was loaded."]
     sums = Sums()
-    for params in dict.fromkeys(w.params for w in work):
-        own = [w for w in work if w.params == params]
-        shape = planned_shape(own[0].config)
-        on = _device(device, shape, own[0].config)
+    by_backbone: dict[str, list[Work]] = {}
+    for unit in units:
+        by_backbone.setdefault(unit.config.backbone.public_name, []).append(unit)
+    for own in by_backbone.values():
+        config = own[0].config
+        shape = planned_shape(config)
+        on = _device(device, shape, config)
         rows = planned(own, shape, on)
-        parts.append(_section(params, own[0].config, shape, on, rows))
-        sums.add(on, rows, own[0].config.threads or cores)
+        parts.append(_section(config, shape, on, rows))
+        sums.add(on, rows, config.threads or cores)
     return "\n\n".join([*parts, sums.said(cores)])
 
 
 @dataclass
 class Sums:
-    """Of all params files. hours: GPU-seconds by device. longest: of a point on the CPU."""
+    """Of all backbones, in seconds. gpu: by device. longest: of a point on the CPU."""
 
     gpu: dict[str, float] = field(default_factory=dict)
     cpu: float = 0.0
@@ -92,7 +83,7 @@ class Sums:
     threads: int = 1
 
     def add(self, device: Device, rows: Mapping[str, Row], threads: int) -> None:
-        """The rows of one params file."""
+        """The rows of one backbone."""
         self.disk += sum(row.bytes for row in rows.values())
         if device.name != "cpu":
             self.gpu[device.name] = self.gpu.get(device.name, 0.0) + gpu_seconds(rows)
@@ -117,7 +108,7 @@ def gpu_seconds(rows: Mapping[str, Row]) -> float:
 
 
 def planned(work: Sequence[Work], shape: Shape, device: Device) -> dict[str, Row]:
-    """{notebook: its row} of the work of one params file."""
+    """{notebook: its row} of the work on one backbone."""
     rows: dict[str, Row] = {}
     known: dict[tuple[str, str], tuple] = {}
     for one in work:
@@ -166,16 +157,13 @@ def _device(name: str, shape: Shape, config: Config) -> Device:
     return device_named(name, config.threads)
 
 
-def _section(
-    params: str, config: Config, shape: Shape, device: Device, rows: Mapping[str, Row]
-) -> str:
-    """A heading and a line for every notebook of one params file."""
+def _section(config: Config, shape: Shape, device: Device, rows: Mapping[str, Row]) -> str:
+    """A heading and a line for every notebook of one backbone."""
     weights = f"{shape.weights / 1e9:.2f} billion" if shape.weights > 1e8 else f"{shape.weights:,}"
     gpu = device.name != "cpu"
     threads = "" if gpu else f", {config.threads or 'all'} threads"
-    lines = [
-        f"{params}: {config.backbone.public_name}, {weights} weights, on {device.name}{threads}"
-    ]
+    name = config.backbone.public_name.rpartition("/")[2]
+    lines = [f"{name}, {weights} weights, on {device.name}{threads}"]
     heads = ["units", "shared", *(["GPUs", "GiB a GPU"] if gpu else []), "GiB host", "one", "all"]
     lines.append(f"  {'notebook':<26}" + "".join(f"{head:>10}" for head in heads))
     for stage, row in rows.items():

@@ -20,9 +20,10 @@ from spkit.running.forecast import (
     forecast,
     prompts,
     seconds,
+    seconds_of,
     sized,
 )
-from spkit.running.widths import PUBLIC, Widths
+from spkit.running.widths import PUBLIC, Widths, planned_shape
 
 INF = math.inf
 # a layer: q, o 8 x 8; k, v 4 x 8; three of 16 x 8: 576 weights, so 1152; lm_head 10 x 8
@@ -143,6 +144,14 @@ def test_devices_are_named():
     assert device_named("t4", 4) == DEVICES["t4"]
     with pytest.raises(SpkitError, match="device is 'tpu', allowed: t4"):
         device_named("tpu")
+
+
+def test_seconds_of_a_notebook_whose_backbone_is_known():
+    config = Config()
+    parts = forecast(config, planned_shape(config), DEVICES["cpu"])["00_backbone"]
+    assert seconds_of(config, "00_backbone", "cpu") == sum(part.seconds for part in parts) > 6
+    unknown = Config.from_sources({}, {"backbone.source": "who/knows"})
+    assert seconds_of(unknown, "00_backbone", "cpu") is None
 
 
 def test_one_gpu_of_one_holds_what_the_predictor_says():

@@ -1,7 +1,5 @@
 """The plan of a sweep: what is shared, and sums over units, by numbers that can be checked."""
 
-from types import SimpleNamespace
-
 import pytest
 
 from spkit.config import Config
@@ -9,7 +7,7 @@ from spkit.errors import SpkitError
 from spkit.running.forecast import DEVICES, forecast, seconds
 from spkit.running.sizes import written_by
 from spkit.running.widths import planned_shape
-from spkit.sweeps.forecast import Work, duration, gpus_for, of_graph, planned, table
+from spkit.sweeps.forecast import Work, duration, gpus_for, planned, table
 
 SANDBOX = Config()
 SEVEN = Config.from_sources(
@@ -19,24 +17,26 @@ SEVEN = Config.from_sources(
 
 
 def test_what_points_share_is_counted_once():
-    points = [SimpleNamespace(params="a.yaml", config=SANDBOX, seed=0) for _ in range(3)]
-    chains = [{"00_backbone": "x", "01_patch_derivation": unit} for unit in ("y", "y", "z")]
-    work = of_graph(points, chains)
-    assert [(w.stage, w.points) for w in work] == [
-        ("00_backbone", 3),
-        ("01_patch_derivation", 2),
-        ("01_patch_derivation", 1),
-    ]
-    said = table("mine", work, "cpu")
+    work = [Work("00_backbone", SANDBOX, 3), Work("01_patch_derivation", SANDBOX, 2)]
+    work.append(Work("01_patch_derivation", SANDBOX, 1))
+    said = table("mine", range(3), work, "cpu")
     assert said.startswith("mine: 3 points, 3 notebooks to run (6 if points shared nothing)")
     line = next(line for line in said.splitlines() if "01 patch derivation" in line)
     assert line.split()[3:5] == ["2", "1"]  # units, shared
 
 
+def test_each_backbone_has_a_section():
+    work = [Work("00_backbone", config) for config in (SANDBOX, SEVEN, SANDBOX)]
+    first, sandbox, seven, sums = table("mine", work, work).split("\n\n")
+    assert sandbox.startswith("sandbox, 1,887,168 weights, on cpu, 1 threads")
+    assert seven.startswith("llama2-7b, 6.74 billion weights, on a100")
+    assert sums.startswith("a100: ") and "\ncpu: " in sums
+
+
 def test_rows_are_sums_and_largest_ones():
     shape, device = planned_shape(SANDBOX), DEVICES["cpu"]
     longer = Config.from_sources({}, {"derivation.descent.max_steps": 600, "seed": 7})
-    work = [Work("01_patch_derivation", "a.yaml", c) for c in (SANDBOX, longer, longer)]
+    work = [Work("01_patch_derivation", c) for c in (SANDBOX, longer, longer)]
     (row,) = planned(work, shape, device).values()
     one, other = (
         seconds(forecast(c, shape, device)["01_patch_derivation"]) for c in (SANDBOX, longer)
@@ -50,11 +50,11 @@ def test_rows_are_sums_and_largest_ones():
 def test_gpu_hours_are_hours_times_gpus():
     shape = planned_shape(SEVEN)
     hours = seconds(forecast(SEVEN, shape, DEVICES["a100"])["01_patch_derivation"]) / 3600
-    work = [Work("01_patch_derivation", "a.yaml", SEVEN)] * 100
-    said = table("mine", work, "a100")
+    work = [Work("01_patch_derivation", SEVEN)] * 100
+    said = table("mine", work, work, "a100")
     assert f"a100: {100 * hours:,.0f} GPU-hours" in said and "cpu:" not in said
-    assert table("mine", work) == said  # auto: too large for a CPU
-    assert "h100:" in table("mine", work, "h100")
+    assert table("mine", work, work) == said  # auto: too large for a CPU
+    assert "h100:" in table("mine", work, work, "h100")
 
 
 def test_a_model_too_large_for_one_gpu_gets_more_of_them():
@@ -65,15 +65,15 @@ def test_a_model_too_large_for_one_gpu_gets_more_of_them():
 
 
 def test_cores_shorten_a_cpus_time_down_to_the_longest_point():
-    work = [Work("00_backbone", "a.yaml", SANDBOX)] * 100
+    work = [Work("00_backbone", SANDBOX)] * 100
     one = seconds(forecast(SANDBOX, planned_shape(SANDBOX), DEVICES["cpu"])["00_backbone"])
-    assert f"cpu: {duration(50 * one)} on 2 cores, 2 at a time" in table("x", work, cores=2)
-    assert f"cpu: {duration(one)} on 500 cores, 500 at a time" in table("x", work, cores=500)
+    assert f"cpu: {duration(50 * one)} on 2 cores, 2 at a time" in table("x", work, work, cores=2)
+    assert f"cpu: {duration(one)} on 500 cores, 500 at a time" in table("x", work, work, cores=500)
 
 
 def test_what_cannot_be_planned_is_told():
     unknown = Config.from_sources({}, {"backbone.source": "who/knows"})
     with pytest.raises(SpkitError, match="'who/knows', whose sizes are not known"):
-        table("x", [Work("00_backbone", "a.yaml", unknown)])
+        table("x", [], [Work("00_backbone", unknown)])
     with pytest.raises(SpkitError, match="device is 'abacus', allowed"):
-        table("x", [Work("00_backbone", "a.yaml", SANDBOX)], "abacus")
+        table("x", [], [Work("00_backbone", SANDBOX)], "abacus")
