@@ -25,7 +25,7 @@ from spkit.patchfile import encoding, floats
 from spkit.patchfile.manifest import PARTS, Block, Manifest, Matrix, read_manifest, wrong_tensor
 from spkit.system.pointers import refuse_pointer
 
-LONGEST_HEADER = 16 * 2**20  # bytes
+LONGEST_HEADER = 64 * 2**20  # bytes: enough for a trillion weights
 CHECKERS = 2  # threads that `check` decodes with; each holds one block
 MANIFEST, SHA256 = "spkit_patch", "spkit_patch_sha256"
 

@@ -33,7 +33,7 @@ from spkit.models.checkpoint_files import (
 )
 from spkit.models.stored_names import stored_names
 from spkit.patchfile import encoding, floats
-from spkit.patchfile.file import Kept, header
+from spkit.patchfile.file import LONGEST_HEADER, Kept, header
 from spkit.patchfile.manifest import (
     FORMAT,
     PARTS,
@@ -165,6 +165,11 @@ def patch_writer(
         text = writer.finish()
         writer.id = hashlib.sha256(text).hexdigest()
         head = header(text, writer.manifest)
+        if len(head) > LONGEST_HEADER:
+            raise SpkitError(
+                f"{path}: the patch's header would take {len(head):,} bytes, and at most "
+                f"{LONGEST_HEADER:,} are read: make a patch of fewer matrices"
+            )
         with temporary.open("wb") as file:
             file.write(len(head).to_bytes(8, "little") + head)
             body.seek(0)

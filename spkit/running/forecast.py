@@ -118,10 +118,11 @@ OTHER_TASK = Task(1000, 1, 4, 150)
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a notebook's time."""
+    """A part of a notebook's time. host: spent on a core of the host, while the device waits."""
 
     name: str
     seconds: float
+    host: bool = False
 
 
 @dataclass(frozen=True)
@@ -299,7 +300,7 @@ def importance(clock: Clock) -> Iterator[Part]:
     yield Part("loading", clock.loaded())
     yield Part("scores", clock.scored())
     each = SUMMARY_SECONDS + (RANK_SECONDS if clock.see.config.importance.save == "sets" else 0)
-    yield Part("ranks and histograms", 2 * each * clock.see.targeted)
+    yield Part("ranks and histograms", 2 * each * clock.see.targeted, host=True)
 
 
 def patching(clock: Clock) -> Iterator[Part]:
@@ -307,7 +308,8 @@ def patching(clock: Clock) -> Iterator[Part]:
     config = clock.see.config
     full, kept = kept_share(config, 1.0), kept_share(config, config.patching.retention_rate)
     yield Part("loading", clock.loaded())
-    yield Part("variants made", (VARIANTS_SECONDS + DELTA_SECONDS) * clock.see.targeted)
+    made = (VARIANTS_SECONDS + DELTA_SECONDS) * clock.see.targeted
+    yield Part("variants made", made, host=True)
     sparse = SPARSE * clock.answered(full if config.evaluation.quantization == "nf4" else 0.0)
     yield Part("answers", sparse + (VARIANTS - SPARSE) * clock.answered())
     yield Part("utility", clock.measured(kept))
@@ -324,11 +326,11 @@ def continual(clock: Clock) -> Iterator[Part]:
     for name in config.continual.methods:
         ours = name in ("safepatching", "balanced", "joint")
         seconds = clock.loaded() + train.get(name, up + down)
-        seconds += clock.scored() if ours else 0.0
-        host = DELTA_SECONDS + 2 * RANK_SECONDS if ours else WHOLE_SECONDS
-        seconds += host * clock.see.targeted + clock.written()
+        seconds += clock.written() + (clock.scored() if ours else 0.0)
         share = kept_share(config, config.patching.retention_rate) if ours else 0.0
         yield Part(name, stages * (seconds + clock.answered(min(1.0, stages * share))))
+        host = DELTA_SECONDS + 2 * RANK_SECONDS if ours else WHOLE_SECONDS
+        yield Part(f"{name}, deltas", stages * host * clock.see.targeted, host=True)
 
 
 STAGES = {
