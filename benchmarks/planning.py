@@ -130,6 +130,7 @@ def of_weights() -> list[dict]:
     from spkit.method.patch import Factors
     from spkit.method.patching import top_rate_set
     from spkit.method.safepatching import SafePatching
+    from spkit.method.sets import BitSets
 
     name, size, generator = "model.layers.0.self_attn.q_proj.weight", 2048, torch.Generator()
     generator.manual_seed(0)
@@ -141,7 +142,11 @@ def of_weights() -> list[dict]:
     scores = [{name: torch.rand(size, size, generator=generator)} for _ in ("se", "osm")]
     own = {"retention_rate": 0.3, "top_rate_se": 0.03, "top_rate_osm": 0.02}
     patching = PatchingConfig(**own, balance=None, alpha=1, beta=1)
-    method = SafePatching(factors("se"), factors("osm"), tuple(scores), patching, 0)
+    sets = []  # a bit a weight, as importance.save: sets keeps them
+    for score, rate in zip(scores, (0.03, 0.02), strict=True):
+        sets.append(BitSets(about={"top_rate": rate}))
+        sets[-1].add(name, top_rate_set(score[name], rate))
+    method = SafePatching(factors("se"), factors("osm"), tuple(sets), patching, 0)
 
     def summed() -> None:
         window = dict(zip(("se", "osm"), scores, strict=True))
