@@ -8,6 +8,7 @@ failed is told at the end, with the points that it stops. The same command does 
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,8 +129,10 @@ def failures(planned: Planned, failed: Mapping[str, str]) -> str:
 
 def forecast(path: str | Path, given: Mapping[str, Any], *, device: str, cores: int) -> str:
     """What a sweep would take; nothing is loaded, and its input files may not be here."""
-    from spkit.sweeps.forecast import of_graph, table
+    from spkit.sweeps.forecast import Work, table
 
     sweep = expand(path, given)
     graph = build(sweep, files=False)
-    return table(sweep.name, of_graph(sweep.points, graph.chains), device, cores)
+    used = Counter(unit for chain in graph.chains for unit in chain.values())
+    units = [Work(u.inputs["stage"], u.inputs["config"], used[u.name]) for u in graph.units]
+    return table(sweep.name, sweep.points, units, device, cores)
