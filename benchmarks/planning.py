@@ -4,6 +4,7 @@
     python benchmarks/planning.py --device a100 --set evaluation.max_new_tokens=128
     python benchmarks/planning.py --measured           predictions beside what was measured
     python benchmarks/planning.py --cpu                this machine's numbers, for the model of time
+    python benchmarks/planning.py --into docs/planning.md      fill the page's tables
 
 The parameters are those of params/llama2-7b-chat.yaml, but for LARGE. The assumptions stand in
 spkit/running/memory.py and spkit/running/forecast.py, and on the page.
@@ -12,6 +13,7 @@ spkit/running/memory.py and spkit/running/forecast.py, and on the page.
 import argparse
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from tabulate import tabulate
 
@@ -20,6 +22,7 @@ from spkit.running import memory
 from spkit.running.forecast import DEVICES, STAGES, device_named, forecast, seconds
 from spkit.running.widths import planned_shape
 from spkit.sweeps.forecast import gpus_for
+from spkit.sweeps.run import forecast as plan
 from spkit.validation import read_value
 
 SHAPES = ("llama2-13b", "llama2-70b", "llama3.1-405b")
@@ -91,6 +94,37 @@ def beside_measured() -> list[dict]:
             row = {"run": config.run_name, "notebook": stage[:2], "predicted s": round(own)}
             rows.append(row | {"measured s": round(took), "ratio": round(own / took, 2)})
     return rows
+
+
+def paper(device: str) -> str:
+    """The plan of the paper's grid, as `spkit sweep --plan` prints it."""
+    return plan("params/sweeps/paper.yaml", {}, device=device, cores=2)
+
+
+def publish(page: Path) -> None:
+    """Fill the marked blocks of a page, <!-- table: NAME --> to <!-- end -->."""
+    blocks = {name: markdown(rows) for name, rows in TABLES.items()}
+    blocks["paper"] = f"```\n{paper('a100')}\n```"
+    text = page.read_text(encoding="utf-8")
+    for name, block in blocks.items():
+        start, end = f"<!-- table: {name} -->\n", "<!-- end -->"
+        before, found, after = text.partition(start)
+        if not found:
+            raise SystemExit(f"{page} has no block {name}")
+        text = before + found + f"\n{block}\n\n" + end + after.partition(end)[2]
+    page.write_text(text, encoding="utf-8")
+
+
+def markdown(rows: Callable[[], list[dict]]) -> str:
+    """A table of the page."""
+    return tabulate(rows(), "keys", "pipe", disable_numparse=True)
+
+
+TABLES = {
+    "planned": lambda: planned("h100", {}),
+    "shared": lambda: shared("h100", {}),
+    "measured": beside_measured,
+}
 
 
 # ---- this machine --------------------------------------------------------------------------------
@@ -180,7 +214,11 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--measured", action="store_true", help="predicted beside measured")
     parser.add_argument("--cpu", action="store_true", help="measure this machine's numbers")
+    parser.add_argument("--into", type=Path, help="a page whose tables to fill")
     given = parser.parse_args()
+    if given.into:
+        publish(given.into)
+        return
     pairs = (text.partition("=") for text in given.set)
     overrides = {key: read_value(key, value) for key, _, value in pairs}
     if given.cpu:

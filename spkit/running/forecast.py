@@ -54,7 +54,7 @@ class Device:
 # GPUs: peak without sparsity, bandwidth and memory from NVIDIA's data sheets (Tesla T4, 2019; A100
 # 80 GB SXM, 2022; H100 SXM, 2023; H200 SXM, 2024). share, layer and start are assumed. CPU: one
 # thread of an AMD EPYC with AVX-512, measured by `python benchmarks/planning.py --cpu`; its share,
-# layer and start are those that fit notebook 01 of SmolLM2 and of the sandbox best.
+# layer and start were set by a look at notebook 01 of SmolLM2, before anything else was compared.
 DEVICES = {
     device.name: device
     for device in (
@@ -75,10 +75,10 @@ WHOLE_SECONDS = 15e-9
 PRODUCT_BYTES = 24  # a weight and sample: the product of gradient and input, made and added
 VARIANTS, SPARSE = 7, 4  # answered in notebook 03; those with a sparse delta
 
-# Mean tokens of a pair and of a prompt, with the chat format: the sandbox's and AdvBench's were
-# counted, the others are assumed (their texts are not read here).
+# Mean tokens of a pair, as its batch is padded, and of a prompt, with the chat format. Counted with
+# the sandbox's and SmolLM2's tokenizers, padding guessed; all others are assumed.
 PAIR_TOKENS = {"sandbox": 24, "advbench": 60}
-PROMPT_TOKENS = {"sandbox": 14, "advbench": 45}
+PROMPT_TOKENS = {"sandbox": 14, "advbench": 45, "over_safety": 45, "rho": 45}
 OTHER_PAIR, OTHER_PROMPT = 192, 64
 ROWS = {  # of a source that can be asked, all splits
     **{"advbench": 520, "beavertails_test": 1700, "xstest": 250, "oktest": 300},
