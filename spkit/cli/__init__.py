@@ -10,7 +10,7 @@ A module imports what a command needs when the command runs: patch files need ne
 pandas, and `spkit -h` is there at once.
 """
 
-from spkit.cli import patch_files, run, study, sweep, tune  # noqa: F401  their commands register
+from spkit.cli import patch_files, run, study, tune  # noqa: F401  their commands register
 from spkit.cli.front import app
 
 __all__ = ["app"]
