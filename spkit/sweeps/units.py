@@ -20,7 +20,7 @@ from spkit.config import Config
 from spkit.data.inputs import OF_PAIRS
 from spkit.errors import SpkitError
 from spkit.running.runs import STAGES, code_of, identity
-from spkit.sweeps.points import Base, Point, Sweep, of_given
+from spkit.sweeps.points import Point, Sweep, of_given
 from spkit.sweeps.work import run_notebook
 from spkit.workflow.units import Unit
 
@@ -57,11 +57,12 @@ def build(
     SpkitError where two points differ in nothing that a notebook of theirs depends on.
     """
     builder = _Builder(sweep, resources or {}, files)
+    bases = {base.params: base.config for base in reversed(sweep.bases)}  # of the first part
     chains: list[dict[str, str]] = []
     seen: dict[tuple, Point] = {}
     for point in sweep.points:
         stages = list(STAGES)[: list(STAGES).index(point.last) + 1]
-        chain = {stage: builder.unit(stage, point.config, point.base) for stage in stages}
+        chain = {stage: builder.unit(stage, point.config, bases[point.params]) for stage in stages}
         first = seen.setdefault((point.part, *chain.values()), point)
         if first is not point:
             raise SpkitError(
@@ -83,11 +84,11 @@ class _Builder:
     _known: dict[tuple, str] = field(default_factory=dict)
     _code: dict[tuple, tuple[dict[str, str], str]] = field(default_factory=dict)
 
-    def unit(self, stage: str, config: Config, base: Base) -> str:
+    def unit(self, stage: str, config: Config, base: Config) -> str:
         """The name of this stage's unit for a point's parameters; base: of its params file."""
         key = _parts(config, stage)
         if key not in self._known:
-            before = without_others(config, base.config, stage)
+            before = without_others(config, base, stage)
             needs = {up: self.unit(up, before, base) for up in STAGES[stage].needs}
             self._known[key] = self._add(stage, config, needs)
         return self._known[key]
@@ -123,8 +124,8 @@ def without_others(config: Config, base: Config, stage: str) -> Config:
     """The parameters for what `stage` reads from, with the values of `base` where they are others'.
 
     Notebook 00 also answers the evaluation's prompts, which a derivation does not care for. So the
-    points of a sweep over the evaluation share the derivation, behind the backbone of their params
-    file. An alignment is judged by all of them: then nothing is replaced.
+    points of a sweep over the evaluation share the derivation, behind the backbone as their params
+    file first has it in the sweep. An alignment is judged by all of them: then nothing is replaced.
     """
     if made.needed(config):
         return config

@@ -57,6 +57,10 @@ grid: {evaluation.prompts_per_cell: [4, 8, 16], data.dev_share: [0.2, 0.3]}
     alone, _ = graph("grid: {evaluation.prompts_per_cell: [16]}")
     ours = {chain["01_patch_derivation"] for chain in found.chains}
     assert ours == {build(alone).chains[0]["01_patch_derivation"]}, "whatever else is swept"
+    _, parts = graph("""
+parts: [{name: a}, {name: b, set: {evaluation.prompts_per_cell: 4}}]
+""")
+    assert counts(parts) == {"backbone": 2, "derivation": 1, "importance": 1, "patching": 2}
     _, other = graph("""
 grid: {data.pairs: [8, 12], utility.batch_size: [4, 8]}
 last: 04_continual_psa
