@@ -52,7 +52,8 @@ def plan_of(sweep: Sweep, *, cluster: bool = False) -> Planned:
     given = sweep.given()
     found = resources(build(sweep).units, sweep.root, cluster)
     graph = build(sweep, found)
-    plan = Plan(sweep.root, sweep.name, PLANNER, {**given, "resources": found}, graph.units)
+    given |= {"first": graph.first, "resources": found}
+    plan = Plan(sweep.root, sweep.name, PLANNER, given, graph.units)
     return Planned(sweep, graph, plan)
 
 
@@ -120,10 +121,8 @@ def failures(planned: Planned, failed: Mapping[str, str]) -> str:
         lines += [f"  point {point.number}: {point.label}" for point in stopped[:SHOWN]]
         if len(stopped) > SHOWN:
             lines.append(f"  and {len(stopped) - SHOWN} points more")
-    stopped = [chain for chain in chains if any(unit in failed for unit in chain.values())]
-    lines.append(
-        f"\n{len(stopped)} of {len(points)} points failed; the same command does only these again"
-    )
+    count = sum(any(unit in failed for unit in chain.values()) for chain in chains)
+    lines.append(f"\n{count} of {len(points)} points failed; the same command does what is missing")
     return "\n".join(lines)
 
 

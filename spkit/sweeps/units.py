@@ -42,9 +42,21 @@ class Graph:
     units: list[Unit]
     chains: list[dict[str, str]]
 
+    @property
+    def first(self) -> dict[str, int]:
+        """{unit: the first point that uses it, from 0}."""
+        numbered = reversed(list(enumerate(self.chains)))
+        return {unit: number for number, chain in numbered for unit in chain.values()}
 
-def planned(given: Mapping[str, Any]) -> list[Unit]:
-    """The units of `Sweep.given`, with what they need of a machine in given["resources"]."""
+
+def planned(given: Mapping[str, Any], only: str | None = None) -> list[Unit]:
+    """The units of `Sweep.given`, with what they need of a machine in given["resources"].
+
+    only: a unit; then the chain of the first point that uses it, in place of thousands.
+    """
+    if only is not None:
+        point = given["points"][given["first"][only]]
+        given = {**given, "points": [point]}
     return build(of_given(given), given.get("resources", {})).units
 
 

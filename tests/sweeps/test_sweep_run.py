@@ -97,7 +97,7 @@ def test_a_failed_point_is_named_and_a_rerun_does_only_that(file, tmp_path):
     assert "4 points in" in said and "16 notebooks, 10 of them different: 10 to run" in said
     assert f"03_controllable_patching failed: no such luck (see {root}/failed/patching/" in said
     assert "point 1: patching.retention_rate=0.3, seed 0, params/micro.yaml" in said
-    assert "2 of 4 points failed; the same command does only these again" in said
+    assert "2 of 4 points failed; the same command does what is missing" in said
     begun = (root / "begun").read_text().split("\n")[:-1]
     assert sorted(begun) == [f"0{stage} {seed}" for stage in range(4) for seed in (0, 1)]
     table = pd.read_csv(root / "table.csv")

@@ -122,7 +122,10 @@ def test_a_job_plans_the_same_folders_and_units_have_resources(graph):
     again = planned(PLANNER, plan.given)
     assert places(again, plan.root / "units") == plan.places
     assert again == plan.units
-    for unit in again:
+    for unit in again:  # a job asks for its own
+        few = of_sweep.planned(plan.given, unit.name)
+        assert unit in few and len(few) == 4
+        assert places(few, plan.root / "units").items() <= plan.places.items()
         assert unit.memory_mib >= 2048 and unit.seconds > 0 and (unit.threads, unit.gpus) == (1, 0)
 
 

@@ -5,14 +5,19 @@ import os
 from pathlib import Path
 
 import nbformat
+import notebook_cells
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
 from spkit.config import load_params
 from spkit.errors import SpkitError
 from spkit.running import checks
-from spkit.sweeps import work
+from spkit.running.runs import STAGES
+from spkit.sweeps import gather, work
+from spkit.sweeps.points import expand
+from spkit.sweeps.run import plan_of
 from spkit.system.files import atomic
+from spkit.workflow import job
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,3 +71,38 @@ def test_checkpoints_outlive_a_killed_process_and_no_finished_unit(tmp_path):
     assert not kept.exists() and not (stages[2] / "checkpoints").is_symlink()
     with work._checkpoints(stages[3], kept, used=False):
         assert not kept.exists() and not stages[3].exists()
+
+
+def test_two_points_of_the_real_notebooks_share_the_first_three(tmp_path, monkeypatch):
+    """In this process, through the job's own function; figures are made and not drawn."""
+    monkeypatch.chdir(ROOT)
+    began = []
+
+    def here(own, stage, executed, failed):
+        began.append(stage)
+        notebook_cells.run(stage, own, figures=False)
+        executed.write_text("{}")
+
+    monkeypatch.setattr(work, "_execute", here)
+    path = tmp_path / "two.yaml"
+    path.write_text(f"""
+params: params/micro.yaml
+set: {{outputs: {tmp_path / "out"}, evaluation.prompts_per_cell: 2, evaluation.max_new_tokens: 2}}
+grid: {{patching.retention_rate: [0.3, 1.0]}}
+""")
+    sweep = expand(path)
+    planned = plan_of(sweep)
+    for unit in planned.plan.units:
+        job.do(unit, planned.plan.places)
+    assert began == [*list(STAGES)[:4], "03_controllable_patching"]
+    found = gather.collect(sweep, planned.graph, planned.plan.places, [0, 1])
+    ours = found[found["model"] == "SafePatching"]
+    assert ours["point"].unique().tolist() == [1, 2]
+    kept = []
+    for folder in sorted(sweep.root.glob("units/patching/*/run/seed-0/03_controllable_patching")):
+        assert not (folder / "model").exists()
+        record = json.loads((folder / "record.json").read_text())
+        rate = record["params"]["patching"]["retention_rate"]
+        kept.append((rate, (folder / "patch.safetensors").stat().st_size))
+    (_, few), (_, all_) = sorted(kept)
+    assert few < all_
