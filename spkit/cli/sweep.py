@@ -38,6 +38,7 @@ def sweep(
     from spkit.sweeps import run
 
     given = walkthrough.overrides(override or [])
+    profile = profile and profile.resolve()
     path = at_root(file)
     if plan:
         print(run.forecast(path, given, device=device, cores=cores))

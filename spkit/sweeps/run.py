@@ -20,6 +20,7 @@ from spkit.running.walkthrough import duration
 from spkit.sweeps.points import Point, Sweep, expand
 from spkit.sweeps.resources import resources
 from spkit.sweeps.units import PLANNER, Graph, build
+from spkit.system.lock import locked
 from spkit.workflow.plan import Plan
 
 SHOWN = 3  # points that a failed unit stops, by their values
@@ -94,18 +95,19 @@ def run(
     from spkit.workflow import engine
 
     sweep = expand(path, given)
-    planned = plan_of(sweep, cluster=profile is not None)
-    if planned.plan.todo():
-        require_runnable(sweep)
-    print(planned.opening(None if profile else cores), flush=True)
-    outcome = engine.run(planned.plan, cores=cores, profile=profile, keep_going=keep_going)
-    complete = [
-        number
-        for number, chain in enumerate(planned.graph.chains)
-        if not any(unit in outcome.failed or unit in outcome.blocked for unit in chain.values())
-    ]
-    if complete:
-        print(gather.write(sweep, planned.graph, outcome.places, complete))
+    if profile is not None:
+        engine.require_profile(profile)
+    with locked(sweep.root):
+        planned = plan_of(sweep, cluster=profile is not None)
+        if planned.plan.todo():
+            require_runnable(sweep)
+        print(planned.opening(None if profile else cores), flush=True)
+        outcome = engine.run(planned.plan, cores=cores, profile=profile, keep_going=keep_going)
+        left = {*outcome.failed, *outcome.blocked}
+        chains = enumerate(planned.graph.chains)
+        complete = [number for number, chain in chains if not left & {*chain.values()}]
+        if complete:
+            print(gather.write(sweep, planned.graph, outcome.places, complete))
     if not outcome.complete:
         print(failures(planned, outcome.failed))
     return outcome.complete
