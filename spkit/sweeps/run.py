@@ -16,6 +16,7 @@ from typing import Any
 
 from spkit.errors import SpkitError
 from spkit.running import checks
+from spkit.running.effects import without_effect
 from spkit.running.walkthrough import duration
 from spkit.sweeps.points import Point, Sweep, expand
 from spkit.sweeps.resources import resources
@@ -46,6 +47,12 @@ class Planned:
         work = sum(unit.seconds for unit in todo)
         left = f"about {duration(work / cores)}" if cores else f"{duration(work)} of work"
         return f"{lines[0]}\n{shared}: {len(todo)} to run, {left}"
+
+
+def remarks(sweep: Sweep) -> list[str]:
+    """A line for each varied key that changes nothing beside a point's other parameters."""
+    said = Counter(x for p in sweep.points for x in without_effect(p.config, p.values))
+    return [f"{sentence} ({count} points)" for sentence, count in said.items()]
 
 
 def plan_of(sweep: Sweep, *, cluster: bool = False) -> Planned:
@@ -101,6 +108,8 @@ def run(
         planned = plan_of(sweep, cluster=profile is not None)
         if planned.plan.todo():
             require_runnable(sweep)
+        for said in remarks(sweep):
+            print(said)
         print(planned.opening(None if profile else cores), flush=True)
         outcome = engine.run(planned.plan, cores=cores, profile=profile, keep_going=keep_going)
         left = {*outcome.failed, *outcome.blocked}

@@ -19,7 +19,7 @@ from spkit.running import checks
 from spkit.running.runs import STAGES, Run
 from spkit.sweeps import work
 from spkit.sweeps.points import expand
-from spkit.sweeps.run import require_runnable
+from spkit.sweeps.run import remarks, require_runnable
 from spkit.sweeps.units import build
 from spkit.workflow import engine, job
 
@@ -29,7 +29,8 @@ name: made
 params: params/micro.yaml
 seeds: [0, 1]
 set: {outputs: OUT}
-grid: {patching.retention_rate: [0.3, 1.0]}
+grid:
+  patching.retention_rate: [0.3, 1.0]
 """
 BAD = 0.3  # the retention rate of the points that fail while `failing` is there
 
@@ -144,6 +145,13 @@ def test_a_unit_is_a_run_folder_with_relative_links(file, tmp_path):
     links = [path for path in moved.rglob("*") if path.is_symlink()]
     assert links and all((link / "made.txt").is_file() for link in links)
     assert not list(moved.rglob(".tmp-*"))
+
+
+def test_a_key_that_changes_nothing_is_told(file):
+    text = file.read_text() + "  patching.alpha: [1, 2]\n"  # found, as balance is set
+    file.write_text(text)
+    said = "patching.alpha has no effect here: alpha is found, because patching.balance is 7.0"
+    assert any(line.startswith(said) and "8 points" in line for line in remarks(expand(file)))
 
 
 def test_what_is_in_the_way_is_told_before_anything_runs_with_its_point(tmp_path, monkeypatch):
