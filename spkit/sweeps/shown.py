@@ -34,7 +34,7 @@ def short(table: pd.DataFrame, keys: Sequence[str]) -> str:
     over = f"mean of {low}" if low == high else f"means of {low} to {high}"
     said = f"SafePatching, percent, {over} seeds" if high > 1 else "SafePatching, percent, one seed"
     lines = _lined_up(rows[:MOST], [_head(title) for title in titles])
-    return "\n".join([f"{said}; base as it is", "", lines, *more])
+    return "\n".join([said, "", lines, *more])
 
 
 def _of_values(part: pd.DataFrame, keys: Sequence[str]):
