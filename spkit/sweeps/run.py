@@ -65,8 +65,11 @@ def plan_of(sweep: Sweep, *, cluster: bool = False) -> Planned:
     return Planned(sweep, graph, plan)
 
 
-def require_runnable(sweep: Sweep) -> None:
-    """SpkitError where a point could not end: `spkit check` of each different backbone and data."""
+def require_runnable(sweep: Sweep, *, cluster: bool = False) -> None:
+    """SpkitError where a point could not end: `spkit check` of each different backbone and data.
+
+    cluster: whether it will run on other machines, whose devices are not looked at from here.
+    """
     seen: set[str] = set()
     problems: dict[str, Point] = {}
     for point in sweep.points:
@@ -77,12 +80,12 @@ def require_runnable(sweep: Sweep) -> None:
             continue
         seen.add(alike)
         own = config.model_copy(update={"outputs": str(sweep.root), "run_name": "units"})
-        try:
-            checks.require(own)
-        except SpkitError as error:
-            problems.setdefault(str(error), point)
+        found = checks.findings(own, fetch=True)
+        found = [each for each in found if not cluster or each.key != "backbone.device"]
+        for sentence in checks.problems(found):
+            problems.setdefault(sentence, point)
     if problems:
-        said = [f"point {point.number} ({point.label}): {e}" for e, point in problems.items()]
+        said = [f"point {point.number} ({point.label}): {s}" for s, point in problems.items()]
         raise SpkitError("\n".join(said))
 
 
@@ -107,7 +110,7 @@ def run(
     with locked(sweep.root):
         planned = plan_of(sweep, cluster=profile is not None)
         if planned.plan.todo():
-            require_runnable(sweep)
+            require_runnable(sweep, cluster=profile is not None)
         for said in remarks(sweep):
             print(said)
         print(planned.opening(None if profile else cores), flush=True)

@@ -78,7 +78,7 @@ def file(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(work, "_execute", notebook)
     monkeypatch.setattr(engine, "run", one_by_one)
-    monkeypatch.setattr(checks, "require", lambda config: None)
+    monkeypatch.setattr(checks, "findings", lambda config, fetch: [])
     path = tmp_path / "made.yaml"
     path.write_text(TEXT.replace("OUT", str(tmp_path / "out")))
     return path
@@ -166,6 +166,10 @@ def test_what_is_in_the_way_is_told_before_anything_runs_with_its_point(tmp_path
         require_runnable(expand(path))
     assert str(error.value).startswith("point 1 (patching.retention_rate=0.3, judges.harmful=")
     assert "judges.classifier.model" in str(error.value)
+    path.write_text(text + "points: [{backbone.device: 'cuda:9'}]\n")
+    with pytest.raises(SpkitError, match="cuda:9"):
+        require_runnable(expand(path))
+    require_runnable(expand(path), cluster=True)  # another machine may have it
     assert not (tmp_path / "out").exists()
 
 
