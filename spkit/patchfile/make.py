@@ -94,23 +94,28 @@ def make_patch(
     with patch_writer(path, backbone, about, values, revertible) as writer:
         stored = stored_names(dict.fromkeys(deltas), writer.files, writer.folder)
         for name in tqdm(deltas, desc="patch", unit="matrix", disable=not progress, leave=False):
-            delta = np.asarray(deltas[name], dtype=np.float32)
-            shape, dtype, weights = writer.open(stored[name])
-            if list(delta.shape) != shape:
-                what = f"it has the shape {list(delta.shape)}, the backbone's is {shape}"
-                raise SpkitError(f"The delta of {name!r} cannot be added: {what}.")
-            flat = delta.reshape(-1)
-            for (start, length), bits in zip(encoding.blocks(flat.size), weights, strict=True):
-                part = flat[start : start + length]
-                positions = np.flatnonzero(part).astype(np.uint32)
-                kept = part[positions]
-                try:
-                    after = floats.patched(bits[positions], kept, dtype)
-                    writer.add(bits, positions, kept, after)  # shortened values can be larger
-                except ValueError as error:
-                    raise SpkitError(f"The delta of {name!r} cannot be added: {error}.") from None
-            writer.close()
+            _add_matrix(writer, name, stored[name], deltas)
     return writer.manifest
+
+
+def _add_matrix(writer: "Writer", name: str, stored: str, deltas: Mapping[str, Any]) -> None:
+    """One matrix, whose delta is gone at the end: two of them would be twice the memory."""
+    delta = np.asarray(deltas[name], dtype=np.float32)
+    shape, dtype, weights = writer.open(stored)
+    if list(delta.shape) != shape:
+        what = f"it has the shape {list(delta.shape)}, the backbone's is {shape}"
+        raise SpkitError(f"The delta of {name!r} cannot be added: {what}.")
+    flat = delta.reshape(-1)
+    for (start, length), bits in zip(encoding.blocks(flat.size), weights, strict=True):
+        part = flat[start : start + length]
+        positions = np.flatnonzero(part).astype(np.uint32)
+        kept = part[positions]
+        try:
+            after = floats.patched(bits[positions], kept, dtype)
+            writer.add(bits, positions, kept, after)  # shortened values can be larger
+        except ValueError as error:
+            raise SpkitError(f"The delta of {name!r} cannot be added: {error}.") from None
+    writer.close()
 
 
 # ---- one value -----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -70,3 +71,20 @@ def test_the_largest_public_shape_has_room_in_a_header():
     assert (
         130 * blocks < LONGEST_HEADER < 100_000_000
     )  # the safetensors library reads no longer one
+
+
+def test_one_matrix_at_a_time_is_alive(large, tmp_path):
+    large.write_sparse(tmp_path / "base", large.tensors("small", 2))
+    given, alive = [], []
+
+    class Watched(large.Simulated):
+        def __getitem__(self, name):
+            alive.append(sum(matrix() is not None for matrix in given))
+            matrix = super().__getitem__(name)
+            given.append(weakref.ref(matrix))
+            return matrix
+
+    about = make.About("simulated")
+    deltas = Watched(large.tensors("small", 2))
+    make.make_patch(tmp_path / "base", deltas, tmp_path / "p", about, progress=False)
+    assert alive == [0] * 14
