@@ -109,7 +109,8 @@ def planned_shape(config: Config) -> Shape:
     """The shape of a run's backbone, without the hub and without building a model.
 
     The sandbox's is that of its parameters; a name's is in SOURCES or PUBLIC; a folder's is in its
-    config.json. SpkitError where none of these is there, or the folder's architecture is another.
+    config.json, and only for another architecture than LIKE_LLAMA shape.py builds the model, still
+    without weights. SpkitError where none of these is there.
     """
     source = config.backbone.source
     if source == "sandbox":
@@ -121,23 +122,28 @@ def planned_shape(config: Config) -> Shape:
     if name in PUBLIC:
         return PUBLIC[name].shape()
     if source != PLACEHOLDER and (file := Path(source, "config.json")).is_file():
-        return widths_of(file).shape()
+        found = widths_of(file)
+        if found is not None:
+            return found.shape()
+        from spkit.running.shape import shape_of  # torch and transformers come with it
+
+        return shape_of(config)
     raise SpkitError(
         f"backbone.source is {source!r}, whose sizes are not known without the hub: expected a "
         f"folder with a config.json, or one of {', '.join([*PUBLIC, *SOURCES])}"
     )
 
 
-def widths_of(file: Path) -> Widths:
-    """What a checkpoint's config.json says; SpkitError for another architecture than LIKE_LLAMA."""
+def widths_of(file: Path) -> Widths | None:
+    """What a checkpoint's config.json says; None for another architecture than LIKE_LLAMA.
+
+    SpkitError for a file that is no JSON object, or lacks a size.
+    """
     try:
         found: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         kind = found.get("model_type")
         if kind not in LIKE_LLAMA:
-            raise SpkitError(
-                f"{file}: model_type is {kind!r}, which is planned for only where it is one of "
-                f"{', '.join(LIKE_LLAMA)}; `spkit memory` counts any other"
-            )
+            return None
         heads = found["num_attention_heads"]
         kv = found.get("num_key_value_heads") or heads
         head = found.get("head_dim") or found["hidden_size"] // heads
