@@ -11,8 +11,8 @@ is a process of its own; memory is the highest RssAnon, read every 5 ms (benchma
 which pages of files do not count. make's includes the matrix in full precision of its caller.
 
 The last part is a simulation: the header of the patch of *all* layers, from the manifest of one, in
-front of sparse data. Opening it shows what a patch of the whole model takes before any data is
-read. The manifest is the only part that grows with the number of layers.
+front of sparse data. "finish" is how make ends (the manifest as text), "open" how apply and verify
+begin. The manifest is the only part that grows with the number of layers.
 """
 
 import argparse
@@ -113,16 +113,17 @@ class Simulated(Mapping):
 
 
 def child(what: str, folder: Path, name: str, layers: int) -> None:
-    """What runs in a process of its own: make, or opening a patch."""
+    """What runs in a process of its own: make, its end, or opening a patch."""
     if what == "make":
         shapes = tensors(name, layers)
         make_patch(
             *(folder / "base", Simulated(shapes), folder / "patch.safetensors", About("simulated")),
             progress=False,
         )
+    elif what == "finish":
+        print(json.dumps(write_whole(folder, layers)))
     else:
-        with PatchFile(folder / "whole.safetensors") as patch:
-            print(len(patch.manifest.tensors))
+        PatchFile(folder / "whole.safetensors").__exit__()
 
 
 def write_whole(folder: Path, layers: int) -> dict:
@@ -151,13 +152,15 @@ def write_whole(folder: Path, layers: int) -> dict:
 
 
 def run(command: list[str]) -> dict:
-    """Seconds and MiB of one command; it must succeed."""
+    """Seconds and MiB of one command, and what it says as JSON; it must succeed."""
     watched = [sys.executable, "-I", "-S", "-c", WATCH, *command]
     done = subprocess.run(watched, capture_output=True)
-    found = json.loads(done.stdout.splitlines()[-1])
+    *said, last = done.stdout.decode().splitlines()
+    found = json.loads(last)
     if found.pop("exit"):
         sys.exit(f"{' '.join(command)}\n{done.stderr.decode()[-2000:]}")
-    return {"seconds": found["seconds"], "MiB": found["MiB without files"]}
+    own = {"seconds": found["seconds"], "MiB": found["MiB without files"]}
+    return own | (json.loads(said[-1]) if said and said[-1].startswith("{") else {})
 
 
 def measure(work: Path, name: str, layers: int) -> Iterator[dict]:
@@ -179,10 +182,15 @@ def measure(work: Path, name: str, layers: int) -> Iterator[dict]:
         yield about | {"command": what} | run(command)
     shutil.rmtree(target)
     if layers == 1:
-        whole = write_whole(folder, PUBLIC[name].layers)
-        command = [*own, "--child", "open"]
-        about |= {"layers": PUBLIC[name].layers, "files": "simulated", "GB": ""}
-        yield about | {"command": "open"} | run(command) | whole
+        layers = PUBLIC[name].layers
+        about |= {
+            "layers": layers,
+            "files": "simulated",
+            "GB": 2 * PUBLIC[name].shape().weights / 1e9,
+        }
+        for what in ("finish", "open"):
+            command = [*own, "--layers", str(layers), "--child", what]
+            yield about | {"command": what} | run(command)
     shutil.rmtree(folder)
 
 
