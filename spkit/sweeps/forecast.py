@@ -42,6 +42,7 @@ class Row:
     device: float = 0.0
     host: float = 0.0
     seconds: float = 0.0
+    used: float = 0.0  # seconds times GPUs, unit by unit
     longest: float = 0.0
     bytes: float = 0.0
 
@@ -104,7 +105,7 @@ class Sums:
 
 def gpu_seconds(rows: Mapping[str, Row]) -> float:
     """All notebooks, each times the GPUs that it needs."""
-    return sum(row.seconds * max(1, row.gpus) for row in rows.values())
+    return sum(row.used for row in rows.values())
 
 
 def planned(work: Sequence[Work], shape: Shape, device: Device) -> dict[str, Row]:
@@ -122,6 +123,7 @@ def planned(work: Sequence[Work], shape: Shape, device: Device) -> dict[str, Row
         row.gpus, row.device = max(row.gpus, gpus), max(row.device, of_device)
         row.host, row.longest = max(row.host, of_host), max(row.longest, took)
         row.seconds, row.bytes = row.seconds + took, row.bytes + left
+        row.used += took * max(1, gpus)
     return dict(sorted(rows.items()))
 
 

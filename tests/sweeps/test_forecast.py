@@ -57,6 +57,17 @@ def test_gpu_hours_are_hours_times_gpus():
     assert "h100:" in table("mine", work, work, "h100")
 
 
+def test_only_what_needs_more_gpus_is_counted_with_more():
+    shape, device = planned_shape(SEVEN), DEVICES["t4"]
+    whole = Config.from_sources(SEVEN.model_dump(), {"derivation.quantization": "none"})
+    work = [Work("01_patch_derivation", c) for c in (SEVEN, whole)]
+    (row,) = planned(work, shape, device).values()
+    gpus = gpus_for(whole, shape, "01_patch_derivation", device)[0]
+    one = seconds(forecast(SEVEN, shape, device)["01_patch_derivation"])
+    other = seconds(forecast(whole, shape, device, gpus)["01_patch_derivation"])
+    assert row.gpus == gpus > 1 and row.used == pytest.approx(one + gpus * other)
+
+
 def test_a_model_too_large_for_one_gpu_gets_more_of_them():
     large = Config.from_sources(SEVEN.model_dump(), {"backbone.source": "llama3.1-405b"})
     gpus, each = gpus_for(large, planned_shape(large), "01_patch_derivation", DEVICES["h100"])
