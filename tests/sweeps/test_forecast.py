@@ -7,7 +7,7 @@ from spkit.errors import SpkitError
 from spkit.running.forecast import DEVICES, forecast, seconds
 from spkit.running.sizes import written_by
 from spkit.running.widths import planned_shape
-from spkit.sweeps.forecast import Work, duration, gpus_for, planned, table
+from spkit.sweeps.forecast import Work, duration, gpus_for, left_by, planned, table
 
 SANDBOX = Config()
 SEVEN = Config.from_sources(
@@ -45,6 +45,15 @@ def test_rows_are_sums_and_largest_ones():
     assert row.seconds == pytest.approx(one + 2 * other)
     assert row.bytes == 3 * written_by(SANDBOX, shape)["01_patch_derivation"]
     assert (row.units, row.gpus, row.device) == (3, 1, 0.0)
+
+
+def test_a_sweep_keeps_patches_and_no_patched_models():
+    shape = planned_shape(SEVEN)
+    whole = 2 * 6_738_415_616
+    assert left_by("03_controllable_patching", SEVEN, shape) == pytest.approx(0.05 * whole)
+    # two methods: the last model of each, and one that is being written
+    assert left_by("04_continual_psa", SEVEN, shape) == 3 * whole
+    assert left_by("00_backbone", SEVEN, shape) == 0
 
 
 def test_gpu_hours_are_hours_times_gpus():
