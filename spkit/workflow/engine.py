@@ -84,8 +84,9 @@ def run(
 def _command(file: Path, keep_going: bool) -> list[str]:
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(RULES)]
     command += ["--config", f"plan={file}"]
-    # a unit's folder appears whole: there are no incomplete files, and a killed run left no lock
-    command += ["--nolock", "--ignore-incomplete", "--drop-metadata"]
+    # a unit's folder appears whole: nothing is incomplete, also of a job that failed as its node
+    # died or for another unit of its group; and a killed run left no lock
+    command += ["--nolock", "--ignore-incomplete", "--keep-incomplete", "--drop-metadata"]
     command += ["--rerun-triggers", "mtime", "--scheduler", "greedy"]
     command += ["--keep-going"] * keep_going
     return [*command, "--quiet", "progress", "host", "reason"]

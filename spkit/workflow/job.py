@@ -22,9 +22,16 @@ from spkit.workflow.units import DONE, Unit, is_done
 REASON = ".txt"
 
 
-def main(file: str, name: str) -> int:
-    """Do the unit; exit code 1 and one sentence where it fails."""
+def main(file: str, name: str, attempt: str = "1") -> int:
+    """Do the unit; exit code 1 and one sentence where it fails.
+
+    A second attempt is for a process that was killed, with its node or by a limit of time. A unit
+    that has said why it failed would fail again.
+    """
     note = failure_note(Path(file).parent, name)
+    if int(attempt) > 1 and note.is_file():
+        print(f"{name} failed before: {note.read_text(encoding='utf-8')}", file=sys.stderr)
+        return 1
     note.unlink(missing_ok=True)
     try:
         unit, places = unit_of(file, name)

@@ -55,7 +55,8 @@ for kind in dict.fromkeys(name.partition("/")[0] for name in UNITS):
         input:
             lambda wildcards: [ancient(done(n)) for n in UNITS[UNIT_AT[wildcards.unit]]["needs"]],
         output:
-            ROOT / "units" / "{unit}" / DONE,
+            # `update`: Snakemake does not take it out before a job, which may have done it before
+            update(ROOT / "units" / "{unit}" / DONE),
         wildcard_constraints:
             unit=f"{kind}/.+",
         params:
@@ -67,6 +68,8 @@ for kind in dict.fromkeys(name.partition("/")[0] for name in UNITS):
             mem_mb=value("memory_mib"),
             runtime=minutes,
             gpu=value("gpus"),
+            attempt=lambda wildcards, attempt: attempt,
         shell:
             "TQDM_DISABLE=1 TRANSFORMERS_VERBOSITY=error"  # no bars in a log
-            " {PYTHON} -m spkit.workflow.job {PLAN:q} {params.name:q} > {log:q} 2>&1"
+            " {PYTHON} -m spkit.workflow.job {PLAN:q} {params.name:q} {resources.attempt}"
+            " > {log:q} 2>&1"
