@@ -13,7 +13,7 @@ from spkit.workflow.units import Unit
 NEEDS = {"one/a": (), "one/deep/b": ("one/a",), "two/c": (), "two/d": ("one/deep/b", "two/c")}
 
 
-def planned(given):
+def planned(given, only=None):
     """The four units; given: {"texts": {unit: another text than the last letter of its name}}."""
     return [
         Unit(

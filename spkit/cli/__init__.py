@@ -3,6 +3,7 @@
     front.py         the app, its help, how errors and Ctrl-C end a command
     run.py           run, seeds, experiment, report, memory, ask
     study.py         align, study
+    sweep.py         sweep
     tune.py          tune, patch
     patch_files.py   make, inspect, apply, verify, revert, stack, card
 
@@ -10,7 +11,7 @@ A module imports what a command needs when the command runs: patch files need ne
 pandas, and `spkit -h` is there at once.
 """
 
-from spkit.cli import patch_files, run, study, tune  # noqa: F401  their commands register
+from spkit.cli import patch_files, run, study, sweep, tune  # noqa: F401  their commands register
 from spkit.cli.front import app
 
 __all__ = ["app"]

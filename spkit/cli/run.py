@@ -126,7 +126,7 @@ def experiment(
     print(f"Figures and conclusions: {shown}")
 
 
-@command(RUN, "the tables of a finished experiment as markdown", "notebooks")
+@command(RUN, "the tables of a finished experiment as markdown", "notebooks", hidden=True)
 def report(
     tables: Annotated[Path, typer.Argument(help="the folder of an experiment's tables")] = Path(
         "docs/experiment"

@@ -51,8 +51,8 @@ def plan(config: Config, budget: Budget) -> list[Unit]:
     return list(made.units.values())
 
 
-def planned(given: Mapping[str, Any]) -> list[Unit]:
-    """The plan as a job asks for it: {"config": all parameters, "budget": a name}."""
+def planned(given: Mapping[str, Any], only: str | None = None) -> list[Unit]:
+    """The plan as a job asks for it: {"config": all parameters, "budget": a name}; always all."""
     return plan(Config.from_sources(given["config"]), budget_of(given["budget"]))
 
 

@@ -25,7 +25,8 @@ class Plan:
     """What is to run, and where.
 
     root: the folder of all that it writes; the units' are in root/units. planner: "module:function"
-    that gives the units for the values `given` (JSON). label: what the progress bar is called.
+    of a function(given, only) that gives the units for the values `given` (JSON). label: the
+    progress bar's.
     """
 
     root: Path
@@ -70,10 +71,13 @@ class Plan:
         return self.root / FILE
 
 
-def planned(planner: str, given: Mapping[str, Any]) -> list[Unit]:
-    """The units that "module:function" gives for these values."""
+def planned(planner: str, given: Mapping[str, Any], only: str | None = None) -> list[Unit]:
+    """The units that "module:function" gives for these values.
+
+    only: the unit that is asked for; the planner may leave out what it does not need.
+    """
     module, _, function = planner.partition(":")
-    return getattr(import_module(module), function)(given)
+    return getattr(import_module(module), function)(given, only)
 
 
 def read(file: str | Path) -> dict[str, Any]:
@@ -82,17 +86,17 @@ def read(file: str | Path) -> dict[str, Any]:
 
 
 def unit_of(file: str | Path, name: str) -> tuple[Unit, dict[str, Path]]:
-    """(the unit of that name, the folders of all units), planned anew.
+    """(the unit of that name, the folders of it and of what it needs), planned anew.
 
     SpkitError where its folder is another than in the file: the code has changed meanwhile.
     """
     file = Path(file)
     found = read(file)
-    units = planned(found["planner"], found["given"])
-    here = places(units, file.parent / "units")
-    if name not in here:
+    if name not in found["units"]:
         raise SpkitError(f"{file} has no unit {name!r}")
-    if here[name].as_posix() != found["units"][name]["folder"]:
+    units = planned(found["planner"], found["given"], name)
+    here = places(units, file.parent / "units")
+    if name not in here or here[name].as_posix() != found["units"][name]["folder"]:
         raise SpkitError(
             f"{name}: the code or an input file was changed after the run began; start it again"
         )
