@@ -27,7 +27,16 @@ LONGEST = (
 )
 
 
+def pytest_configure(config):
+    """The mark of what needs a GPU (on_devices.py); benchmarks/gpu.sh runs these alone."""
+    config.addinivalue_line("markers", "cuda: skipped where torch sees no GPU")
+
+
 def pytest_collection_modifyitems(items):
     """A file's own order stays."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get("/".join(item.path.parts[-2:]), len(places)))

@@ -114,7 +114,7 @@ def test_a_real_failure_of_the_host():
         np.empty(2**50, dtype=np.uint8)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
 def test_a_real_failure_of_the_gpu():
     with pytest.raises(SpkitError, match=r"the GPU ran out .* asked"), explained("scoring", {}):
         torch.empty(2**45, dtype=torch.uint8, device="cuda")
