@@ -98,6 +98,9 @@ class Sampler:
     def restart(self) -> None:
         self.peak = own_memory()
 
+    def stop(self) -> None:
+        self._stop.set()
+
 
 # ---- what a stage does: the notebooks' cells, with few of everything ----------------------------
 
@@ -239,8 +242,14 @@ def prepare(config: Config, folder: Path, sizes: dict, architecture: str) -> Non
     """The checkpoint, two random patches, and sets or scores that overlap as little as they can."""
     random_checkpoint.write(folder / "model", sizes, architecture)
     model = random_checkpoint.meta_model(random_checkpoint.configuration(architecture, sizes))
+    layers = target_weights(model, config.derivation.lora.targets)
+    draw_patches(config, folder, layers)
+    draw_sets(config, folder, layers)
+
+
+def draw_patches(config: Config, folder: Path, layers: dict) -> None:
+    """se.safetensors and osm.safetensors with random factors. layers: of target_weights."""
     lora, generator = config.derivation.lora, torch.Generator().manual_seed(0)
-    layers = target_weights(model, lora.targets)
     for name in ("se", "osm"):
         factors = {
             tensor: tuple(
@@ -251,6 +260,11 @@ def prepare(config: Config, folder: Path, sizes: dict, architecture: str) -> Non
         }
         manifest = {"lora": lora.model_dump()}
         Factors(name, factors, lora.alpha / lora.r, manifest).save(folder / f"{name}.safetensors")
+
+
+def draw_sets(config: Config, folder: Path, layers: dict) -> None:
+    """Random top_<patch>.safetensors, or importance_<patch>: what importance.save asks for."""
+    generator = torch.Generator().manual_seed(1)
     own, other = config.patching.top_rate_se, config.patching.top_rate_osm
     first = {"se": 0.0, "osm": min(own, 1 - other)}  # where in [0, 1) the set begins
     rates = {"se": own, "osm": other}
