@@ -39,7 +39,7 @@ from spkit.comparison.methods.bundle import calibrate, make_bundle
 from spkit.comparison.methods.method import check_setting
 from spkit.config import Config, PatchingConfig
 from spkit.data.selection import load_harmful_pairs
-from spkit.evaluation.answers import counted, generated, respond
+from spkit.evaluation.answers import counted, generated, read_answers, respond
 from spkit.evaluation.answers import fingerprint as asked
 from spkit.evaluation.rates import COLUMNS, rates
 from spkit.examples import EvalPrompt, HarmfulPair, fingerprint
@@ -161,7 +161,7 @@ class Stages:
                 next(models)
             for old in folders[: k - 1]:
                 shutil.rmtree(old / "model", ignore_errors=True)
-            responses = pd.read_csv(here / "responses.csv", keep_default_na=False)
+            responses = read_answers(here / "responses.csv")
             about = json.loads((here / "stage.json").read_text("utf-8")) if k > done else {}
             yield counted(responses.assign(stage=k), about.get("generated_tokens", 0))
 

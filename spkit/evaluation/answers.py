@@ -245,6 +245,12 @@ def _table(name: str, prompts: Sequence[EvalPrompt], answers: Mapping[int, str])
     return pd.DataFrame(rows)
 
 
+def read_answers(path: str | Path) -> pd.DataFrame:
+    """A table of answers as it was written: a text that is a number, or "nan", stays a text."""
+    texts = dict.fromkeys(("id", "group", "category", "prompt", "response"), str)
+    return pd.read_csv(path, dtype=texts, keep_default_na=False)
+
+
 def counted(frame: pd.DataFrame, tokens: int) -> pd.DataFrame:
     """The frame, which says how many tokens were generated for it (`generated`)."""
     frame.attrs[GENERATED] = int(tokens)

@@ -13,7 +13,15 @@ from transformers import AddedToken
 from spkit.config import Config
 from spkit.errors import SpkitError
 from spkit.evaluation import answers as evaluation
-from spkit.evaluation.answers import GREEDY, decoding, end_tokens, evaluate, generate, respond
+from spkit.evaluation.answers import (
+    GREEDY,
+    decoding,
+    end_tokens,
+    evaluate,
+    generate,
+    read_answers,
+    respond,
+)
 from spkit.evaluation.rates import COLUMNS, headline, rate_row, rates
 from spkit.evaluation.verdicts import METRICS, VERDICTS
 from spkit.examples import EvalPrompt
@@ -587,3 +595,11 @@ def test_headline_has_no_empty_column():
     assert list(headline(frame).columns) == [
         *("harmful seen %", "broken on harmful %", "false refusal %", "broken on harmless %"),
     ]
+
+
+def test_answers_that_are_numbers_or_nan_stay_texts(tmp_path):
+    said = {"id": ["1", "2"], "prompt": ["7", "8"], "response": ["12", "nan"], "verdict": ["a", ""]}
+    frame = pd.DataFrame({"model": ["base", "base"], **said, "stage": [1, 2]})
+    frame.to_csv(tmp_path / "responses.csv", index=False)
+    found = read_answers(tmp_path / "responses.csv")
+    assert found.to_dict("records") == frame.to_dict("records")
