@@ -85,7 +85,8 @@ def summarise(results: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
                 if len(counted):
                     about = {**dict(zip(by, values, strict=True)), "model": model, "metric": metric}
                     rows.append({**about, **_interval(counted)})
-    return pd.DataFrame(rows).round(DECIMALS)
+    table = pd.DataFrame(rows)
+    return table.round(dict.fromkeys(("mean", "low", "high"), DECIMALS))  # and no varied value
 
 
 def _interval(counted: pd.DataFrame) -> dict[str, Any]:

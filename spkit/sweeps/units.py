@@ -17,7 +17,7 @@ from typing import Any
 
 from spkit.alignment import made
 from spkit.config import Config
-from spkit.data.inputs import OF_PAIRS
+from spkit.data.inputs import OF_PAIRS, of_pairs
 from spkit.errors import SpkitError
 from spkit.running.runs import STAGES, code_of, identity
 from spkit.sweeps.points import Point, Sweep, of_given
@@ -69,12 +69,13 @@ def build(
     SpkitError where two points differ in nothing that a notebook of theirs depends on.
     """
     builder = _Builder(sweep, resources or {}, files)
-    bases = {base.params: base.config for base in reversed(sweep.bases)}  # of the first part
+    bases = {_derived(point): point.base.config for point in reversed(sweep.points)}
     chains: list[dict[str, str]] = []
     seen: dict[tuple, Point] = {}
     for point in sweep.points:
         stages = list(STAGES)[: list(STAGES).index(point.last) + 1]
-        chain = {stage: builder.unit(stage, point.config, bases[point.params]) for stage in stages}
+        base = bases[_derived(point)]  # of the first part that has such a derivation
+        chain = {stage: builder.unit(stage, point.config, base) for stage in stages}
         first = seen.setdefault((point.part, *chain.values()), point)
         if first is not point:
             raise SpkitError(
@@ -97,7 +98,7 @@ class _Builder:
     _code: dict[tuple, tuple[dict[str, str], str]] = field(default_factory=dict)
 
     def unit(self, stage: str, config: Config, base: Config) -> str:
-        """The name of this stage's unit for a point's parameters; base: of its params file."""
+        """The name of this stage's unit for a point's parameters; base: those that others go by."""
         key = _parts(config, stage)
         if key not in self._known:
             before = without_others(config, base, stage)
@@ -135,9 +136,9 @@ class _Builder:
 def without_others(config: Config, base: Config, stage: str) -> Config:
     """The parameters for what `stage` reads from, with the values of `base` where they are others'.
 
-    Notebook 00 also answers the evaluation's prompts, which a derivation does not care for. So the
-    points of a sweep over the evaluation share the derivation, behind the backbone as their params
-    file first has it in the sweep. An alignment is judged by all of them: then nothing is replaced.
+    Notebook 00 also answers the evaluation's prompts, which a derivation does not care for. Points
+    with other evaluations share a derivation; it is behind the backbone of the first part that has
+    it. An alignment is judged by all of these parameters: then nothing is replaced.
     """
     if made.needed(config):
         return config
@@ -150,6 +151,14 @@ def without_others(config: Config, base: Config, stage: str) -> Config:
         asked = {key: value for key, value in asked.items() if key not in kept}
         changed["data"] = config.data.model_copy(update=asked)
     return config.model_copy(update=changed)
+
+
+def _derived(point: Point) -> tuple:
+    """What decides a point's derivation, of its parameters."""
+    config = point.config
+    sections = (config.backbone, config.sandbox, config.align, config.derivation)
+    dumped = (section.model_dump_json() for section in sections)
+    return point.params, point.seed, json.dumps(of_pairs(config.data)), *dumped
 
 
 def _parts(config: Config, stage: str) -> tuple:

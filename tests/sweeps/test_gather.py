@@ -91,6 +91,9 @@ def test_the_table_is_over_seeds_with_students_interval(made):
 def test_one_seed_has_the_interval_over_prompts(made):
     sweep, graph, where = made
     table = gather.summarise(gather.collect(sweep, graph, where, [0, 3]), sweep.keys)
+    rates = gather.collect(sweep, graph, where, [0]).assign(**{sweep.keys[0]: 1e-7})
+    small = gather.summarise(rates, sweep.keys)  # a learning rate, say: it is not rounded
+    assert small[sweep.keys[0]].unique().tolist() == [1e-7]
     row = table[table["model"] == "SafePatching"].iloc[0]
     assert (row["seeds"], row["mean"], row["interval"]) == (1, 30.0, "Wilson over prompts")
     assert (row["low"], row["high"]) == pytest.approx((10.779, 60.322), abs=1e-3)

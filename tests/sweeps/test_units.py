@@ -61,6 +61,10 @@ grid: {evaluation.prompts_per_cell: [4, 8, 16], data.dev_share: [0.2, 0.3]}
 parts: [{name: a}, {name: b, set: {evaluation.prompts_per_cell: 4}}]
 """)
     assert counts(parts) == {"backbone": 2, "derivation": 1, "importance": 1, "patching": 2}
+    _, parts = graph("""
+parts: [{name: a}, {name: b, set: {evaluation.prompts_per_cell: 4}, grid: {data.pairs: [6, 8]}}]
+""")
+    assert counts(parts) == {"backbone": 3, "derivation": 3, "importance": 3, "patching": 3}
     _, other = graph("""
 grid: {data.pairs: [8, 12], utility.batch_size: [4, 8]}
 last: 04_continual_psa
