@@ -58,7 +58,6 @@ def run(
     if profile is not None:
         engine.require_profile(profile)
     with locked(plan.root):
-        make_folder(plan.root)
         todo = plan.todo()
         where = f"on {jobs} process{'es' * (jobs > 1)}" if profile is None else f"by {profile}"
         seconds = sum(unit.seconds for unit in todo) / jobs * pace(config)

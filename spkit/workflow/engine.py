@@ -68,7 +68,7 @@ def run(
         require_profile(profile)
     if not todo:
         return Outcome(plan.places, {}, [])
-    root = make_folder(plan.root)
+    root = _cleared(plan.root, profile)
     file = plan.write()
     for unit in todo:  # of an earlier run
         failure_note(root, unit.name).unlink(missing_ok=True)
@@ -78,7 +78,18 @@ def run(
     seconds_to_end = {"seconds_to_end": SECONDS_TO_CANCEL} if profile else {}
     with log.open("w", encoding="utf-8") as out, child(command, out, **seconds_to_end) as process:
         _watch(process, plan, todo)
-    return _outcome(plan, todo, log, process.returncode)
+    outcome = _outcome(plan, todo, log, process.returncode)
+    if outcome.complete:
+        make_folder(root)  # what lost jobs left
+    return outcome
+
+
+def _cleared(root: Path, profile: str | Path | None) -> Path:
+    """The folder, without what killed jobs left. On a cluster some of an earlier run may go on."""
+    if profile is None:
+        return make_folder(root)
+    root.mkdir(parents=True, exist_ok=True)
+    return root
 
 
 def _command(file: Path, keep_going: bool) -> list[str]:
