@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 from spkit.config import Config
 from spkit.errors import SpkitError
-from spkit.models.devices import ALL_GPUS
 from spkit.running.checks.finding import Finding, looked
 from spkit.system import accelerate_file
 from spkit.system.accelerate_file import AccelerateFile
@@ -43,6 +42,7 @@ def _check_device(config: Config, where: str, file: AccelerateFile) -> None:
     """SpkitError where the file and backbone.device, or the GPUs that are here, do not agree."""
     import torch
 
+    from spkit.models.devices import ALL_GPUS
     from spkit.models.loading import resolve_device
 
     device = resolve_device(config.backbone.device)
