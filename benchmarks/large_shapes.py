@@ -1,6 +1,6 @@
 """Memory of make, apply and verify on the shapes of LLaMA-2-70B and LLaMA-3.1-405B.
 
-    .venv/bin/python benchmarks/large_shapes.py            22 GB of disk; 33 minutes on a busy machine
+    .venv/bin/python benchmarks/large_shapes.py        22 GB of disk; 33 minutes on a busy machine
 
 What is real and what is not: a checkpoint is a set of real safetensors files with the shapes of
 that model, but of its first layers only, and *sparse*: made with truncate, all weights 0. Both
