@@ -16,6 +16,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from spkit.config import Config, load_params
@@ -25,8 +26,9 @@ FAILED = "failed.json"  # of the first process that failed
 
 
 def main() -> int:
-    """Returns 1 after a failure, which `failed.json` tells, and the first process on stderr."""
+    """Returns 1 after a failure; its sentence is on stderr, and in failed.json for a notebook."""
     asked = _arguments()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         if asked.told:
             threading.Thread(target=_end_with_input, daemon=True).start()
@@ -132,13 +134,9 @@ def _tell_warnings() -> None:
 
 def _failed(asked, sentence: str) -> int:
     rank = int(os.environ.get("RANK", "0"))
-    news = json.dumps({"rank": rank, "sentence": sentence})
-    try:
-        asked.folder.mkdir(parents=True, exist_ok=True)
-        with (asked.folder / FAILED).open("x", encoding="utf-8") as file:
-            file.write(news)
-    except OSError:  # another one failed before
-        pass
+    if asked.told:
+        with suppress(FileExistsError), (asked.folder / FAILED).open("x", encoding="utf-8") as file:
+            file.write(json.dumps({"rank": rank, "sentence": sentence}))  # of the first one alone
     print(f"process {rank}: {sentence}", file=sys.stderr, flush=True)
     return 1
 

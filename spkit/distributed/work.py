@@ -17,6 +17,7 @@ import torch
 from spkit.config import Config
 from spkit.data.selection import load_harmful_pairs
 from spkit.distributed import place
+from spkit.errors import SpkitError
 from spkit.method.derivation import NAMES, derive
 from spkit.method.importance import Calibration, Scores, save_windows, score_windows
 from spkit.method.patch import Factors
@@ -52,11 +53,12 @@ class Work:
         from accelerate import PartialState
 
         on_cpu = resolve_device(config.backbone.device) == "cpu"
+        gpus = [] if on_cpu else place.own_gpus()  # an error here is clearer than NCCL's
         state = PartialState(cpu=on_cpu, timeout=WAITS)
         device = torch.device("cpu") if on_cpu else state.device
         sharded = os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
         if config.backbone.device == ALL_GPUS and not sharded:
-            device = torch.device("cuda", place.own_gpus()[0])
+            device = torch.device("cuda", gpus[0])
             torch.cuda.set_device(device)
         group = processes.join(device)
         make_deterministic(config.seed, config.threads)
@@ -96,6 +98,8 @@ def derive_patches(
 def windows(work: Work) -> Iterator[Scores]:
     """As score_windows, of the patches in the folder; empty ones but in the first process."""
     config = work.config
+    if work.sharded:
+        raise SpkitError("Importance needs whole matrices: give a config file without FSDP.")
     model, tokenizer = work.model()
     patches = [Factors.load(work.folder / f"{name}.safetensors") for name in NAMES.values()]
     calibration = Calibration(work.pairs(), config.importance, config.seed, config.data.max_tokens)
