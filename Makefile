@@ -13,6 +13,7 @@
 #   make lab                                  JupyterLab on the notebooks
 #   make docs                                 the site, into site/: pages, executed notebooks, reference
 #   make test, make lint                      what the continuous integration runs
+#   make test-slurm                           a sweep on a SLURM of two nodes, one of which dies
 #   make fuzz                                 20,000 wrong patch files and checkpoints (FILES=200000)
 #   make test-kills                           an experiment, killed 20 times: its tables are the same
 #   make clean                                delete all runs and caches (make distclean: .venv too)
@@ -86,6 +87,10 @@ test: $(READY)
 
 test-kills: $(READY)
 	$(BIN)/python tests/comparison/killed_at_random.py
+
+# skipped with a reason where Debian's slurm-wlm and munge are missing; log in outputs/test-slurm
+test-slurm: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/cluster/slurm_on_loopback.py
 
 # what is found is kept in outputs/fuzz
 fuzz: $(READY)
