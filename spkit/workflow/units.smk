@@ -30,7 +30,8 @@ SLACK = 3  # a unit may take so many times what was predicted before a cluster e
 
 
 def done(name):
-    return f"{UNITS[name]['folder']}/{DONE}"
+    # `local`: all machines see the folder, also where Snakemake holds that they share nothing
+    return local(f"{UNITS[name]['folder']}/{DONE}")
 
 
 def value(key):
@@ -56,13 +57,13 @@ for kind in dict.fromkeys(name.partition("/")[0] for name in UNITS):
             lambda wildcards: [ancient(done(n)) for n in UNITS[UNIT_AT[wildcards.unit]]["needs"]],
         output:
             # `update`: Snakemake does not take it out before a job, which may have done it before
-            update(ROOT / "units" / "{unit}" / DONE),
+            local(update(ROOT / "units" / "{unit}" / DONE)),
         wildcard_constraints:
             unit=f"{kind}/.+",
         params:
             name=lambda wildcards: UNIT_AT[wildcards.unit],
         log:
-            ROOT / "log" / "{unit}.txt",
+            local(ROOT / "log" / "{unit}.txt"),
         threads: value("threads")
         resources:
             mem_mb=value("memory_mib"),
