@@ -17,9 +17,16 @@ SECONDS_TO_END = 5  # what an interrupted child gets before it is killed
 
 @contextmanager
 def child(
-    command: Sequence[str], output, seconds_to_end: float = SECONDS_TO_END
+    command: Sequence[str],
+    output,
+    *,
+    asked_first: float = 0,
+    seconds_to_end: float = SECONDS_TO_END,
 ) -> Iterator[subprocess.Popen]:
     """Start the command, its messages going to the open file `output`.
+
+    asked_first: seconds that it has after an interrupt of its own, before it and its children are
+    ended: Snakemake takes its jobs back from a cluster then.
 
     It is in this process's group, so that whoever kills the group leaves nothing behind. Where this
     process alone is killed it goes on, and so it holds the locks of this process, too.
@@ -35,6 +42,10 @@ def child(
         yield process
     finally:
         signal.signal(signal.SIGTERM, before)
+        if process.poll() is None and asked_first:
+            process.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(asked_first)
         if process.poll() is None:
             _end(process, seconds_to_end)
 

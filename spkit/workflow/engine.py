@@ -75,8 +75,8 @@ def run(
     command = _command(file, keep_going)
     command += _here(todo, cores) if profile is None else ["--profile", str(profile)]
     log = root / "snakemake.txt"
-    seconds_to_end = {"seconds_to_end": SECONDS_TO_CANCEL} if profile else {}
-    with log.open("w", encoding="utf-8") as out, child(command, out, **seconds_to_end) as process:
+    asked = SECONDS_TO_CANCEL if profile else 0
+    with log.open("w", encoding="utf-8") as out, child(command, out, asked_first=asked) as process:
         _watch(process, plan, todo)
     outcome = _outcome(plan, todo, log, process.returncode)
     if outcome.complete:

@@ -45,7 +45,7 @@ def done(outputs: Path) -> int:
 
 def tables(outputs: Path) -> dict[str, bytes]:
     """{name: bytes} of the tables that must be equal."""
-    (folder,) = outputs.rglob("tables/methods.csv")
+    (folder,) = [*outputs.rglob("tables/methods.csv"), *outputs.glob("methods.csv")]
     return {p.name: p.read_bytes() for p in folder.parent.iterdir() if p.name not in MEASURED}
 
 
@@ -53,6 +53,7 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tables", type=Path, help="to compare with; default: those of a new run")
     given = parser.parse_args()
     moments, began = random.Random(given.seed), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -68,11 +69,11 @@ def main() -> int:
                 process.wait()
             said = f"kill {number} after {seconds:.1f} s: {done(killed)} units are done"
             print(said, flush=True)
-        for outputs in (killed, whole):
+        for outputs in (killed,) if given.tables else (killed, whole):
             if started(outputs).wait():
                 print(outputs.with_suffix(".txt").read_text()[-2000:])
                 return 1
-        one, other = tables(killed), tables(whole)
+        one, other = tables(killed), tables(given.tables or whole)
     minutes = (time.monotonic() - began) / 60
     wrong = [name for name in sorted({*one, *other}) if one.get(name) != other.get(name)]
     same = f"{len(one) - len(wrong)} of {len(one)} tables are the same bytes"
