@@ -16,6 +16,7 @@ from spkit.figures import ACCENT, HEAT, MIDDLE, _legend_below, _panels, _reach, 
 from spkit.method.safepatching import NAME as SAFEPATCHING
 from spkit.running.seeds import BASE
 from spkit.system.files import atomic
+from spkit.workflow.units import slug
 
 WIDE = 8.6  # inches
 MARKERS = "osD^vP*X"
@@ -40,9 +41,10 @@ def drawn(table: pd.DataFrame, keys: Sequence[str]) -> Iterator[tuple[str, Figur
     """(name, figure) of each part and params file."""
     groups = [name for name in ("part", "params") if name in table]
     several = len(table[groups].drop_duplicates()) > 1
+    named = _names(table["params"].unique())
     for names, own in table.groupby(groups, sort=False):
         *part, params = names
-        prefix = "-".join([*filter(None, part), Path(params).stem, ""]) if several else ""
+        prefix = "-".join([*filter(None, part), named[params], ""]) if several else ""
         numeric: list[str] = []
         for key in keys:
             if _is_varied(own[key]) and not any(_go_together(own, key, k) for k in numeric):
@@ -121,6 +123,13 @@ def maps(table: pd.DataFrame, down: str, across: str, title: str = "") -> Figure
     if title:
         figure.suptitle(title, size=8)
     return figure
+
+
+def _names(files: Sequence[str]) -> dict[str, str]:
+    """A word for each params file: its name, or its whole path where two have one name."""
+    stems = [Path(file).stem for file in files]
+    whole = {file: slug(str(Path(file).with_suffix(""))) for file in files}
+    return {f: s if stems.count(s) == 1 else whole[f] for f, s in zip(files, stems, strict=True)}
 
 
 def _is_varied(values: pd.Series) -> bool:

@@ -17,6 +17,7 @@ does not say is as above it.
 points.py makes the points of it. Nothing is loaded here but the file.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -49,7 +50,7 @@ class Part(Section):
     params: Place | Annotated[list[Place], Field(min_length=1)] | None = Field(
         None, description="the params file, or several"
     )
-    seeds: list[Annotated[int, Field(ge=0, le=2**32 - 1)]] | None = Field(
+    seeds: list[Annotated[int, Field(strict=True, ge=0, le=2**32 - 1)]] | None = Field(
         None, min_length=1, description="null: the params file's seed"
     )
     set: Values = Field({}, description="dotted keys and their values, for all points")
@@ -92,7 +93,7 @@ class Part(Section):
     def _keys_are_parameters(self):
         for place, key, value in self._places():
             rule = ELSEWHERE.get(key) or (not place.startswith("set") and FIXED.get(key))
-            if rule:
+            if rule and not is_none(key, value):
                 raise Wrong(place, value, rule)
             try:
                 with_overrides(Config, {}, {key: None})
@@ -108,7 +109,7 @@ class Part(Section):
             yield f"set.{key}", key, value
         for key, value in self.grid.items():
             yield f"grid.{key}", key, value
-        for number, values in enumerate(self.points, start=1):
+        for number, values in enumerate(self.points):
             for key, value in values.items():
                 yield f"points.{number}.{key}", key, value
 
@@ -154,7 +155,7 @@ def _parts(file: SweepFile, path: str | Path) -> list[Part]:
             )
     common = file.model_dump(exclude={"name", "parts"}, exclude_unset=True)
     found: list[Part] = []
-    for number, values in enumerate(file.parts, start=1):
+    for number, values in enumerate(file.parts):
         own = {**common, **values}
         if isinstance(values.get("set"), Mapping):
             own["set"] = {**file.set, **values["set"]}
@@ -171,10 +172,17 @@ def _parts(file: SweepFile, path: str | Path) -> list[Part]:
 
 
 def located(path: str | Path, said: str) -> SpkitError:
-    """The error with the file's name, and the line of the longest key that it names."""
-    lines = dict(_lines(yaml.compose(Path(path).read_text(encoding="utf-8"))))
-    named = [key for key in lines if key in said]
-    where = f", line {lines[max(named, key=len)]}" if named else ""
+    """The error with the file's name, and the line of the longest key that it names.
+
+    Keys that it proposes do not count; a key that stands in several places has no line.
+    """
+    wrong = re.split(", allowed: |, did you mean ", said)[0]
+    lines: dict[str, set[int]] = {}
+    for key, line in _lines(yaml.compose(Path(path).read_text(encoding="utf-8"))):
+        lines.setdefault(key, set()).add(line)
+    named = max((key for key in lines if key in wrong), key=len, default=None)
+    found = lines.get(named, ())
+    where = f", line {min(found)}" if len(found) == 1 else ""
     return SpkitError(f"{path}{where}: {said}")
 
 
@@ -187,6 +195,11 @@ def _lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]
     elif isinstance(node, yaml.SequenceNode):
         for value in node.value:
             yield from _lines(value)
+
+
+def is_none(key: str, value: Any) -> bool:
+    """Whether it turns off the mirror of a params file, which a sweep cannot have."""
+    return key == "mirror" and value is None
 
 
 def _twice(values: list[Any]) -> list[Any]:

@@ -58,9 +58,10 @@ def collect(
             path = stage_of(places[chain[stage]], stage, point.seed) / "results.csv"
             try:
                 frame = pd.read_csv(path, keep_default_na=False, dtype=str)
-            except (OSError, ValueError) as error:
-                raise SpkitError(f"{path}: cannot be read ({error}); delete its unit") from None
-            frame = frame.drop(columns=OF_A_RUN)
+                frame = frame.drop(columns=OF_A_RUN)
+            except (OSError, ValueError, KeyError) as error:
+                unit = places[chain[stage]]
+                raise SpkitError(f"{path}: cannot be read ({error}); delete {unit}") from None
             for place, (name, value) in enumerate({**about, "notebook": stage}.items()):
                 frame.insert(place, name, value)
             frames.append(frame)

@@ -17,7 +17,7 @@ from typing import Any
 
 from spkit.config import Config, load_params
 from spkit.errors import SpkitError
-from spkit.sweeps.file import ELSEWHERE, Part, located, read, shown
+from spkit.sweeps.file import ELSEWHERE, Part, is_none, located, read, shown
 
 MOST = 20_000  # points; more is a mistake in a grid rather than a plan
 
@@ -103,6 +103,7 @@ def expand(path: str | Path, given: Mapping[str, Any] | None = None) -> Sweep:
         own = [_base(path, params, part, given) for params in part.params_files]
         points += _points(path, part, own, len(points))
         bases += own
+    _require_one_place(path, bases)
     _require_different(path, points)
     keys = dict.fromkeys(key for part in parts for key in part.varied)
     return Sweep(name, list(keys), bases, points)
@@ -123,7 +124,7 @@ def of_given(given: Mapping[str, Any]) -> Sweep:
 
 def _require_free(part: Part, given: Mapping[str, Any]) -> None:
     for key, value in given.items():
-        if key in ELSEWHERE:
+        if key in ELSEWHERE and not is_none(key, value):
             raise SpkitError(f"-o {key}={value}: {key} is set, {ELSEWHERE[key]}")
         if key in part.varied:
             raise SpkitError(f"-o {key}={value}: the sweep varies {key}, change it in its file")
@@ -151,7 +152,8 @@ def _base(path: str | Path, params: str, part: Part, given: Mapping[str, Any]) -
     except SpkitError as error:
         raise located(path, f"for all points: {error}") from None
     if config.mirror is not None:
-        raise SpkitError(f"{params}: mirror is {config.mirror!r}, {ELSEWHERE['mirror']}")
+        none = ", and write {mirror: null} under set"
+        raise SpkitError(f"{params}: mirror is {config.mirror!r}, {ELSEWHERE['mirror']}{none}")
     return Base(part.name, params, part.last, config)
 
 
@@ -175,6 +177,17 @@ def _config(base: Base, values: Mapping[str, Any], seed: int) -> Config:
     """One point's parameters; relative paths in the values are meant as in its params file."""
     given = {**values, "seed": seed}
     return Config.from_sources(base.config.model_dump(), given, Path(base.params))
+
+
+def _require_one_place(path: str | Path, bases: list[Base]) -> None:
+    """SpkitError where params files, or parts, name different root folders."""
+    first = bases[0]
+    for base in bases:
+        one, other = first.config.outputs, base.config.outputs
+        if Path(one) != Path(other):
+            whose = [", ".join(filter(None, [b.part, b.params])) for b in (first, base)]
+            said = f"outputs is {one!r} in {whose[0]} and {other!r} in {whose[1]}: a sweep has one "
+            raise SpkitError(f"{path}: {said}folder, write outputs under the file's own set")
 
 
 def _require_different(path: str | Path, points: list[Point]) -> None:

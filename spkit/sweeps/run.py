@@ -22,6 +22,7 @@ from spkit.sweeps.points import Point, Sweep, expand
 from spkit.sweeps.resources import resources
 from spkit.sweeps.units import PLANNER, Graph, build
 from spkit.system.lock import locked
+from spkit.workflow.engine import Outcome
 from spkit.workflow.plan import Plan
 
 SHOWN = 3  # points that a failed unit stops, by their values
@@ -118,25 +119,31 @@ def run(
         left = {*outcome.failed, *outcome.blocked}
         chains = enumerate(planned.graph.chains)
         complete = [number for number, chain in chains if not left & {*chain.values()}]
-        if complete:
-            print(gather.write(sweep, planned.graph, outcome.places, complete))
-    if not outcome.complete:
-        print(failures(planned, outcome.failed))
+        try:
+            if complete:
+                print(gather.write(sweep, planned.graph, outcome.places, complete))
+        finally:  # also where what is complete cannot be read
+            if not outcome.complete:
+                print(failures(planned, outcome))
     return outcome.complete
 
 
-def failures(planned: Planned, failed: Mapping[str, str]) -> str:
+def failures(planned: Planned, outcome: Outcome) -> str:
     """Each failed unit: why, its executed notebook, and the points that end there."""
     points, chains = planned.sweep.points, planned.graph.chains
     lines = []
-    for name, reason in failed.items():
+    for name, reason in outcome.failed.items():
         stopped = [p for p, chain in zip(points, chains, strict=True) if name in chain.values()]
         lines.append(f"\nfailed: {reason}")
         lines += [f"  point {point.number}: {point.label}" for point in stopped[:SHOWN]]
         if len(stopped) > SHOWN:
             lines.append(f"  and {len(stopped) - SHOWN} points more")
-    count = sum(any(unit in failed for unit in chain.values()) for chain in chains)
-    lines.append(f"\n{count} of {len(points)} points failed; the same command does what is missing")
+    count = sum(any(unit in outcome.failed for unit in chain.values()) for chain in chains)
+    left = {*outcome.failed, *outcome.blocked}
+    rest = sum(any(unit in left for unit in chain.values()) for chain in chains) - count
+    more = f", {rest} did not run" * (rest > 0)  # with --stop
+    said = f"{count} of {len(points)} points failed{more}; the same command does what is missing"
+    lines.append(f"\n{said}")
     return "\n".join(lines)
 
 

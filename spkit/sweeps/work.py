@@ -75,6 +75,7 @@ def _link(home: Path, seen_from: Path, links: Mapping[str, Path], seed: int) -> 
 def _execute(own: Config, stage: str, executed: Path, failed: Path) -> None:
     """The notebook in a kernel of its own; where it fails its copy is at `failed`."""
     import papermill
+    from nbclient.exceptions import DeadKernelError
 
     # the sweep has looked at everything once, before its first unit
     before, os.environ[checks.CHECKED] = os.environ.get(checks.CHECKED), checks.mark_of(own)
@@ -91,6 +92,9 @@ def _execute(own: Config, stage: str, executed: Path, failed: Path) -> None:
             raise SpkitError(f"{stage} did not run: {error}") from error
         with atomic(failed) as path:
             shutil.copyfile(executed, path)
+        if isinstance(error, DeadKernelError):
+            said = f"{stage}: its kernel was killed, often for want of memory (see {failed})"
+            raise SpkitError(said) from None
         raise SpkitError(why_failed(failed).replace(failed.stem, stage, 1)) from None
     finally:
         os.environ.pop(checks.CHECKED)

@@ -37,17 +37,25 @@ def child(
 
     held = {"pass_fds": handles()} if os.name == "posix" else {}
     process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, **held)
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {one: signal.signal(one, interrupt) for one in _ending()}
     try:
         yield process
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for one, handler in before.items():
+            signal.signal(one, handler)
         if process.poll() is None and asked_first:
             process.send_signal(signal.SIGINT)
-            with suppress(subprocess.TimeoutExpired):
+            with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
                 process.wait(asked_first)
         if process.poll() is None:
             _end(process, seconds_to_end)
+
+
+def _ending() -> list[int]:
+    """Signals that end this process: a closed terminal's, too, but where it is ignored (nohup)."""
+    closed = getattr(signal, "SIGHUP", None)  # Windows has none
+    heard = closed is not None and signal.getsignal(closed) != signal.SIG_IGN
+    return [signal.SIGTERM, *([closed] if heard else [])]
 
 
 def _end(process: subprocess.Popen, seconds: float) -> None:
@@ -60,7 +68,9 @@ def _end(process: subprocess.Popen, seconds: float) -> None:
         for one in everything:
             with suppress(psutil.NoSuchProcess):
                 one.terminate()
-        for one in psutil.wait_procs(everything, timeout=seconds)[1]:
-            with suppress(psutil.NoSuchProcess):
+        with suppress(KeyboardInterrupt):  # a second Ctrl-C: no more waiting
+            psutil.wait_procs(everything, timeout=seconds)
+        for one in everything:
+            with suppress(psutil.NoSuchProcess):  # it has ended
                 one.kill()
     process.wait()

@@ -70,8 +70,10 @@ def run(
         return Outcome(plan.places, {}, [])
     root = _cleared(plan.root, profile)
     file = plan.write()
+    places = plan.places
     for unit in todo:  # of an earlier run
         failure_note(root, unit.name).unlink(missing_ok=True)
+        _messages(root, places[unit.name]).unlink(missing_ok=True)
     command = _command(file, keep_going)
     command += _here(todo, cores) if profile is None else ["--profile", str(profile)]
     log = root / "snakemake.txt"
@@ -95,6 +97,7 @@ def _cleared(root: Path, profile: str | Path | None) -> Path:
 def _command(file: Path, keep_going: bool) -> list[str]:
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(RULES)]
     command += ["--config", f"plan={file}"]
+    command += ["--workflow-profile", "none"]  # a folder profiles/default would be one
     # a unit's folder appears whole: nothing is incomplete, also of a job that failed as its node
     # died or for another unit of its group; and a killed run left no lock
     command += ["--nolock", "--ignore-incomplete", "--keep-incomplete", "--drop-metadata"]
@@ -110,7 +113,8 @@ def _here(todo: list[Unit], cores: int) -> list[str]:
     free = psutil.virtual_memory().available // 2**20
     memory = max(free, *(unit.memory_mib for unit in todo))  # what is too large is tried alone
     gpus = max(unit.gpus for unit in todo)
-    return ["--cores", str(cores), "--resources", f"mem_mb={memory}", f"gpu={gpus}"]
+    none = ["--profile", "none"]  # nor that of $SNAKEMAKE_PROFILE
+    return [*none, "--cores", str(cores), "--resources", f"mem_mb={memory}", f"gpu={gpus}"]
 
 
 def require_profile(folder: str | Path) -> None:
@@ -121,7 +125,7 @@ def require_profile(folder: str | Path) -> None:
 
 def _watch(process: Popen, plan: Plan, todo: list[Unit]) -> None:
     """A bar of predicted seconds, until the process ends."""
-    places, waiting = plan.places, list(todo)
+    places, waiting, seconds = plan.places, list(todo), 0.0
     between = 0.5 if sys.stderr.isatty() else BAR_SECONDS
     total = round(sum(unit.seconds for unit in todo))
     bar = tqdm(total=total, desc=plan.label, unit="s", smoothing=0.05, mininterval=between)
@@ -132,7 +136,8 @@ def _watch(process: Popen, plan: Plan, todo: list[Unit]) -> None:
                 waiting.remove(unit)
                 done = f"{len(todo) - len(waiting)} of {len(todo)} units, last {unit.name}"
                 bar.set_postfix_str(done, refresh=False)
-                bar.update(round(unit.seconds))
+                seconds += unit.seconds
+                bar.update(round(seconds) - bar.n)
             if ended:
                 return
             time.sleep(SECONDS_BETWEEN_LOOKS)
@@ -143,18 +148,25 @@ def _outcome(plan: Plan, todo: list[Unit], log: Path, code: int) -> Outcome:
     left = [unit.name for unit in todo if not is_done(places[unit.name])]
     failed = {}
     for name in left:
-        note = failure_note(plan.root, name)
-        messages = plan.root / "log" / f"{places[name].relative_to(plan.root / 'units')}.txt"
+        note, messages = failure_note(plan.root, name), _messages(plan.root, places[name])
         if note.is_file():
             failed[name] = note.read_text(encoding="utf-8").strip()
-        elif _is_newer(messages, plan.root / "plan.json"):
-            why = "its process was killed (often too little memory, or too little time)"
-            failed[name] = f"{why}; see {messages}"
+        elif messages.is_file():  # it began
+            failed[name] = f"{_last_words(messages, name)}; see {messages}"
     if code and not failed:
         said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
         raise SpkitError(f"{(said or ['Snakemake gave no message'])[-1]} (see {log})")
     return Outcome(places, failed, [name for name in left if name not in failed])
 
 
-def _is_newer(file: Path, than: Path) -> bool:
-    return file.is_file() and file.stat().st_mtime_ns >= than.stat().st_mtime_ns
+def _messages(root: Path, place: Path) -> Path:
+    """The log of a unit. Those of earlier runs are deleted: what is there has begun in this one."""
+    return root / "log" / f"{place.relative_to(root / 'units')}.txt"
+
+
+def _last_words(messages: Path, name: str) -> str:
+    """Why a unit failed of which there is no note."""
+    lines = messages.read_text(encoding="utf-8", errors="replace").splitlines()
+    said = [line for line in lines if line.startswith(f"{name} failed: ")]
+    killed = "its process was killed (often too little memory, too little time, or a full disk)"
+    return said[-1].partition(": ")[2] if said else killed

@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from spkit.errors import SpkitError
@@ -38,7 +39,7 @@ def main(file: str, name: str, attempt: str = "1") -> int:
         do(unit, places)
     except Exception as error:
         reason = str(error) or type(error).__name__
-        with atomic(note) as path:
+        with suppress(SpkitError), atomic(note) as path:  # of a full disk the log may tell
             path.write_text(reason + "\n", encoding="utf-8")
         if not isinstance(error, SpkitError):
             traceback.print_exc()

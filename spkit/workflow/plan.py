@@ -13,6 +13,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from spkit.errors import SpkitError
 from spkit.system.files import atomic
 from spkit.workflow.units import Unit, is_done, places
@@ -34,6 +36,9 @@ class Plan:
     planner: str
     given: Mapping[str, Any]
     units: list[Unit]
+
+    def __post_init__(self):
+        _require_plain(self.root)
 
     @classmethod
     def of(cls, root: str | Path, label: str, planner: str, given: Mapping[str, Any]) -> "Plan":
@@ -69,6 +74,22 @@ class Plan:
             text = json.dumps({**whole, "units": units}, indent=1, ensure_ascii=False)
             path.write_text(text + "\n", encoding="utf-8")
         return self.root / FILE
+
+
+def _require_plain(root: Path) -> None:
+    """SpkitError for a folder that Snakemake takes for something else: it gets it as YAML, without
+    quotes around it, and braces are its wildcards.
+    """
+    text = str(root / FILE)
+    try:
+        same = yaml.load(text, yaml.BaseLoader) == text
+    except yaml.YAMLError:  # then it is taken as it stands
+        same = True
+    if not same or text.strip("'\"") != text or set("{}\n\r") & {*text}:
+        raise SpkitError(
+            f"outputs: Snakemake cannot write to {str(root)!r}: choose a folder without braces, "
+            f"line breaks, ': ' and ' #', and without ' \" ! at its start"
+        )
 
 
 def planned(planner: str, given: Mapping[str, Any], only: str | None = None) -> list[Unit]:

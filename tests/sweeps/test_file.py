@@ -111,9 +111,16 @@ WRONG = {
     "params: params/nowhere.yaml": "params is 'params/nowhere.yaml', and there is no such file",
     "params: []": "params is [], allowed:",
     "grid: {patching.beta: [1], patching.beta: [2]}": "the key 'patching.beta' stands twice",
-    "parts: [{grid: {patching.beta: [1]}}]": "parts.1: name is ''",
+    "parts: [{grid: {patching.beta: [1]}}]": "parts.0: name is ''",
     "grid: {patching.beta: [1]}\nparts: [{name: a}]": "where there are parts it is theirs",
-    "parts: [{name: a, seed: [1]}]": "parts.1: unknown key seed (value [1]), did you mean seeds?",
+    "parts: [{name: a, seed: [1]}]": "parts.0: unknown key seed (value [1]), did you mean seeds?",
+    "seeds: [true]": "seeds.0 is True, allowed: a whole number",
+    "y: 1": "line 2: unknown key y (value 1), allowed: params, ",
+    "points: [{}, {derivation.lora: {r: 4}}]": "points.1.derivation.lora is {'r': 4}, "
+    "derivation.lora is a section",
+    "points: [{}, null]": "points.1 is None, allowed: keys with values",
+    "parts: [{name: a, set: {outputs: x}}, {name: b, set: {outputs: y}}]": "outputs is 'x' in a, "
+    "params/micro.yaml and 'y' in b, params/micro.yaml: a sweep has one folder",
     f"seeds: {list(range(200))}\ngrid: {{patching.beta: {list(range(200))}}}": "40,000 points "
     f"(1 x 1 x 200 x 200), at most {MOST:,}",
 }
@@ -137,6 +144,24 @@ def test_a_sweep_without_params_and_a_given_value_that_is_varied(written, tmp_pa
     with pytest.raises(SpkitError, match=r"-o patching.beta=3: the sweep varies patching.beta"):
         expand(path, {"patching.beta": 3})
     assert expand(path, {"patching.alpha": 3}).points[1].config.patching.alpha == 3
+
+
+def test_the_mirror_of_a_params_file_can_be_turned_off(written, tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text((ROOT / MICRO).read_text() + f"\nmirror: {tmp_path}/copies\n")
+    path = written(f"params: {own}")
+    with pytest.raises(SpkitError, match="a sweep has none: .* write {mirror: null} under set"):
+        expand(path)
+    assert expand(path, {"mirror": None}).bases[0].config.mirror is None
+    assert expand(written(f"params: {own}\nset: {{mirror: null}}")).points[0].config.mirror is None
+
+
+def test_a_key_in_several_parts_has_no_line(written):
+    parts = "".join(f"\n  - {{name: p{n}, grid: {{patching.beta: [{n}]}}}}" for n in (-1, 1))
+    with pytest.raises(
+        SpkitError, match=r"mine.yaml: point 1 \(p-1, patching.beta=-1, .* at least"
+    ):
+        expand(written(f"parts:{parts}"))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "params" / "sweeps").glob("*.yaml")))

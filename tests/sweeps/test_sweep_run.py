@@ -5,6 +5,7 @@ test_work.py runs one as such.
 """
 
 import os
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -19,7 +20,7 @@ from spkit.running import checks
 from spkit.running.runs import STAGES, Run
 from spkit.sweeps import work
 from spkit.sweeps.points import expand
-from spkit.sweeps.run import remarks, require_runnable
+from spkit.sweeps.run import failures, plan_of, remarks, require_runnable
 from spkit.sweeps.units import build
 from spkit.workflow import engine, job
 
@@ -130,6 +131,32 @@ def test_a_failure_upstream_stops_its_points_and_no_others(file, tmp_path, monke
     assert "2 of 4 points failed" in done.stdout
     found = pd.read_csv(tmp_path / "out" / "sweeps" / "made" / "results.csv")
     assert found["seed"].unique().tolist() == [0]
+
+
+def test_results_that_cannot_be_read_hide_no_failure(file, tmp_path, monkeypatch):
+    root = tmp_path / "out" / "sweeps" / "made"
+    assert spkit(file).exit_code == 0
+    results = next(root.glob("units/backbone/*/run/seed-0/00_backbone/results.csv"))
+    for text in ("", "n,k\n1,2\n"):
+        results.write_text(text)
+        done = spkit(file)
+        assert done.exit_code == 1 and str(done.exception) == "1"
+        assert "results.csv: cannot be read (" in done.stderr and "delete /" in done.stderr
+    (root / "failing").touch()
+    shutil.rmtree(root / "units" / "patching")
+    done = spkit(file, "--stop")
+    assert "2 of 4 points failed; the same" in done.stdout and "cannot be read" in done.stderr
+
+
+def test_points_that_did_not_run_are_counted(file):
+    planned = plan_of(expand(file))
+    name = planned.graph.chains[0]["03_controllable_patching"]
+    other = planned.graph.chains[3]["03_controllable_patching"]
+    said = failures(planned, engine.Outcome({}, {name: "no luck"}, [other]))
+    assert said.endswith(
+        "failed: no luck\n  point 1: patching.retention_rate=0.3, seed 0, params/micro.yaml\n\n"
+        "1 of 4 points failed, 1 did not run; the same command does what is missing"
+    )
 
 
 def test_a_unit_is_a_run_folder_with_relative_links(file, tmp_path):

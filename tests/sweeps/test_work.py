@@ -6,7 +6,9 @@ from pathlib import Path
 
 import nbformat
 import notebook_cells
+import papermill
 import pytest
+from nbclient.exceptions import DeadKernelError
 from nbformat.v4 import new_code_cell, new_notebook
 
 from spkit.config import load_params
@@ -46,6 +48,24 @@ def test_a_notebook_that_fails_is_kept_with_its_reason(tmp_path, monkeypatch):
     assert checks.CHECKED not in os.environ
     with pytest.raises(SpkitError, match="02_importance_analysis did not run: .*No such file"):
         work._execute(own, "02_importance_analysis", tmp_path / "none.ipynb", failed)
+
+
+def test_a_kernel_that_is_killed_is_told_so(tmp_path, monkeypatch):
+    """Also in the last cell, after which nothing is left to run."""
+
+    def killed(notebook, executed, **options):
+        cell = new_code_cell("x = 1", execution_count=1)
+        nbformat.write(new_notebook(cells=[cell]), executed)
+        raise DeadKernelError("Kernel died")
+
+    monkeypatch.setattr(papermill, "execute_notebook", killed)
+    monkeypatch.chdir(ROOT)
+    failed = tmp_path / "failed.ipynb"
+    with pytest.raises(SpkitError) as error:
+        own = load_params("params/sandbox.yaml")
+        work._execute(own, "01_patch_derivation", tmp_path / "executed.ipynb", failed)
+    why = f"its kernel was killed, often for want of memory (see {failed})"
+    assert str(error.value) == f"01_patch_derivation: {why}" and failed.is_file()
 
 
 def test_checkpoints_outlive_a_killed_process_and_no_finished_unit(tmp_path):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -108,7 +109,48 @@ def test_units_get_what_they_ask_for_on_this_machine(notes):
         replace(unit, gpus=n % 2, memory_mib=10**9) for n, unit in enumerate(plan(notes).units)
     ]
     found = engine._here(units, 3)
-    assert found == ["--cores", "3", "--resources", "mem_mb=1000000000", "gpu=1"]
+    own = ["--profile", "none"]
+    assert found == [*own, "--cores", "3", "--resources", "mem_mb=1000000000", "gpu=1"]
+
+
+def test_snakemake_gets_the_folder_that_is_meant_or_it_is_told():
+    from snakemake.cli import parse_config
+
+    def made(path):
+        return Plan(Path(path), "x", "work_of_units:planned", {}, [])
+
+    for path in ("a b/it's", "/co,mma=x", "st*r?", "&a", "[list]", "1e5", "é", "/'q'", "dol$HOME"):
+        command = engine._command(made(path).root / "plan.json", keep_going=True)
+        given = command[command.index("--config") + 1]
+        assert parse_config([given]) == {"plan": f"{path}/plan.json"}
+    for path in ("br{ace}", "on: x", "x #1", "!x", "'q'", "new\nline"):
+        with pytest.raises(SpkitError, match="^outputs: Snakemake cannot write to .*: choose a"):
+            made(path)
+
+
+def test_why_a_unit_failed_where_there_is_no_note(notes, monkeypatch, capsys):
+    """Its process was killed, or the disk was full; clocks of other machines do not matter."""
+    made = plan(notes)
+    file, places = made.write(), made.places
+    (notes / "a.fail").touch()
+    monkeypatch.setattr(job, "atomic", no_place)
+    assert job.main(str(file), A) == 1
+    for name, text in ((A, capsys.readouterr().err), (C, "")):
+        log = engine._messages(made.root, places[name])
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(text)
+        os.utime(log, (0, 0))
+    outcome = engine._outcome(made, made.units, notes / "none", 1)
+    log = engine._messages(made.root, places[A])
+    assert outcome.failed[A] == f"no such luck; see {log}"
+    assert outcome.failed[C].startswith("its process was killed (often too little memory")
+    assert outcome.blocked == [B, D]
+
+
+@contextmanager
+def no_place(path):
+    raise SpkitError("cannot write: the disk is full")
+    yield
 
 
 def script(notes):
