@@ -138,3 +138,9 @@ def test_a_long_table_is_cut_and_says_so(made):
     many = pd.concat([table.assign(**{"patching.beta": float(n)}) for n in range(30)])
     said = shown.short(many, [*sweep.keys, "patching.beta"])
     assert len(said.split("\n")) < 60 and "rows more" in said.split("\n")[-1]
+
+
+def test_params_files_of_one_name_have_figures_of_their_own():
+    files = ["a/llama.yaml", "b/llama.yaml", "b/sandbox.yaml"]
+    names = {"a/llama.yaml": "a-llama", "b/llama.yaml": "b-llama", "b/sandbox.yaml": "sandbox"}
+    assert figures._names(files) == names
