@@ -267,14 +267,14 @@ def _sentence(model: type[Section], mistake: Mapping[str, Any]) -> str:
     if isinstance(raised, Wrong):
         key = ".".join([*path, raised.key])
         return f"{key} is {raised.value!r}, {raised.rule}"
-    if mistake["type"] == "value_error":  # expanded's
-        return f"{'.'.join(path)} is {mistake['input']!r}, {raised}"
     owner, depth = _owner(model, path)
     field = owner.model_fields.get(path[depth]) if depth < len(path) else None
     if field is not None and get_origin(field.annotation) in (Union, UnionType):
         # pydantic puts the tried alternative ("str", "constrained-int") after the field's name
         path[depth + 1 :] = [part for part in path[depth + 1 :] if part.isdecimal()]
     key = ".".join(path)
+    if mistake["type"] == "value_error":  # expanded's
+        return f"{key} is {mistake['input']!r}, {raised}"
     if mistake["type"] == "missing":  # a key, or an entry of a list of two
         allowed = _allowed(owner, path[depth], entry=len(path) - depth - 1)
         return f"{key} is missing, allowed: {allowed}"

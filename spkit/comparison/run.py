@@ -105,9 +105,11 @@ def about(config: Config, budget_name: str) -> pd.DataFrame:
     """What the tables were made with: budget, code, libraries, machine."""
     budget = budget_of(budget_name)
     state = git_state() or {}
+    own = config.run_name != Config().run_name  # of another params file, which has its name, mostly
+    params = f"PARAMS=params/{config.run_name}.yaml " if own else ""
     facts = {
         "budget": budget_name,
-        "command": f"make experiment BUDGET={budget_name}",
+        "command": f"make experiment {params}BUDGET={budget_name}",
         "backbone seeds": ", ".join(map(str, range(budget.backbones))),
         "derivations": budget.derivations,
         "masks": budget.masks,

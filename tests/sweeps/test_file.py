@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from spkit.errors import SpkitError
+from spkit.sweeps.file import read
 from spkit.sweeps.points import MOST, expand, of_given
 from spkit.validation import flattened
 
@@ -177,3 +178,14 @@ def test_micro_is_what_the_cluster_test_needs(monkeypatch):
     path = ROOT / "params" / "sweeps" / "micro.yaml"
     assert len(expand(path).points) == 24
     assert yaml.safe_load(path.read_text())["params"] == MICRO
+
+
+def test_a_variable_that_is_not_set_is_told_with_its_key(tmp_path, monkeypatch):
+    monkeypatch.delenv("NOPE", raising=False)
+    file = tmp_path / "x.yaml"
+    for written in ("$NOPE/x.yaml", "[$NOPE/x.yaml]"):
+        file.write_text(f"params: {written}\n")
+        with pytest.raises(SpkitError) as caught:
+            read(file)
+        assert "params" in str(caught.value) and "NOPE is not set" in str(caught.value)
+        assert "function-after" not in str(caught.value)
