@@ -1,8 +1,14 @@
 """Checkpoint folders that many tests share, written once per test run."""
 
+import signal
+
 import pytest
 import tiny
 import torch
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # a shell starts what it puts in the background so, and every child would ignore it, too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
