@@ -72,7 +72,7 @@ def about_run(config: Config, method: SafePatching, results: pd.DataFrame, **mor
             "beta": float(beta),
             "patching": config.patching.model_dump(mode="json"),
             "derivation": _derivation(config.derivation, method),
-            "importance": config.importance.model_dump(mode="json"),
+            "importance": config.importance.model_dump(mode="json", exclude={"accelerate"}),
             **_chat(config.backbone),
             **more,
         },
@@ -118,8 +118,9 @@ def make_from_run(
 def _derivation(config: DerivationConfig, method: SafePatching) -> dict[str, Any]:
     """Its values. One that is younger than the format is told where it is not at its default: the
     same settings give the same file, and so the same id, in every version of the kit. Of a PEFT
-    adapter its name and hash are told, no path, and no settings of the training that it spares."""
-    values = config.model_dump(mode="json", exclude={"se", "osm"})
+    adapter its name and hash are told, no path, and no settings of the training that it spares. Nor
+    is the Accelerate file: it is a path of this machine, and changes the last bits alone."""
+    values = config.model_dump(mode="json", exclude={"se", "osm", "accelerate"})
     if values["shared_init"] or config.se or config.osm:  # an adapter has its own start
         del values["shared_init"]
     given = {

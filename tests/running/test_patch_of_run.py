@@ -34,6 +34,7 @@ def test_without_adapters_nothing_is_added():
     usual = told(DerivationConfig())
     assert not {"se", "osm", "shared_init"} & set(usual)
     assert told(DerivationConfig(shared_init=False)) == {**usual, "shared_init": False}
+    assert told(DerivationConfig(accelerate="/home/somebody/8-gpus.yaml")) == usual  # no path
 
 
 def test_the_chat_format_is_told_where_it_is_not_the_checkpoint_s_own(tmp_path):
