@@ -8,9 +8,11 @@ The figures do not go through pyplot: nothing has to be closed, and a server nee
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
+from pathlib import Path
 from textwrap import fill
 from typing import NamedTuple
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -22,6 +24,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from spkit.examples import in_order
+from spkit.system.files import atomic
 
 DARK, MIDDLE, LIGHT, PALE = "#20304a", "#5b7a99", "#a9bccb", "#e4eaef"
 BLUE = "#24426a"  # a deep blue and not DARK: a number must be legible on the darkest cell
@@ -65,6 +68,19 @@ UNNAMED = {
     "utility": "utility",
 }
 HIGHER_IS_BETTER = "utility"
+
+
+def save(folder: Path, name: str, figure: Figure) -> list[Path]:
+    """Write <name>.png and <name>.svg into the folder, the same bytes for the same figure: without
+    a date inside. Returns both paths.
+    """
+    made = []
+    with matplotlib.rc_context({"svg.hashsalt": "spkit"}):
+        for suffix, inside in (("png", {"Software": None}), ("svg", {"Date": None})):
+            with atomic(folder / f"{name}.{suffix}") as path:
+                figure.savefig(path, bbox_inches="tight", dpi=150, metadata=inside)
+            made.append(folder / f"{name}.{suffix}")
+    return made
 
 
 def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:

@@ -396,13 +396,9 @@ class Run:
 
     def save_figure(self, name: str, figure) -> Path:
         """A matplotlib figure as figures/<name>.png and .svg, without a date inside."""
-        import matplotlib
+        from spkit.figures import save
 
-        with matplotlib.rc_context({"svg.hashsalt": "spkit"}):
-            for suffix, inside in (("png", {"Software": None}), ("svg", {"Date": None})):
-                with self.write(f"figures/{name}.{suffix}") as path:
-                    figure.savefig(path, bbox_inches="tight", dpi=150, metadata=inside)
-        return self.folder / "figures" / f"{name}.png"
+        return save(self.folder / "figures", name, figure)[0]
 
     def finish(self, **notes: Any) -> None:
         """Write the record, last of all: now the stage is complete. `notes` go into the record.

@@ -7,34 +7,34 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import matplotlib
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from spkit.figures import ACCENT, HEAT, MIDDLE, _legend_below, _panels, _reach, styled
+from spkit.figures import (
+    ACCENT,
+    HEAT,
+    MARKERS,
+    MIDDLE,
+    _legend_below,
+    _panels,
+    _reach,
+    save,
+    styled,
+)
 from spkit.method.safepatching import NAME as SAFEPATCHING
 from spkit.running.seeds import BASE
-from spkit.system.files import atomic
 from spkit.workflow.units import slug
 
 WIDE = 8.6  # inches
-MARKERS = "osD^vP*X"
 LINES = ("-", "--", "-", ":", "--", ":")
 SPREAD = 30  # a key whose largest value is so many times its smallest has a log axis
 
 
 def write(folder: Path, table: pd.DataFrame, keys: Sequence[str]) -> list[Path]:
     """Every figure as PNG and SVG, without a date inside."""
-    made = []
     shutil.rmtree(folder, ignore_errors=True)  # of another grid
-    with matplotlib.rc_context({"svg.hashsalt": "spkit"}):
-        for name, figure in drawn(table, keys):
-            for suffix, inside in (("png", {"Software": None}), ("svg", {"Date": None})):
-                with atomic(folder / f"{name}.{suffix}") as path:
-                    figure.savefig(path, bbox_inches="tight", dpi=150, metadata=inside)
-                made.append(folder / f"{name}.{suffix}")
-    return made
+    return [path for name, figure in drawn(table, keys) for path in save(folder, name, figure)]
 
 
 def drawn(table: pd.DataFrame, keys: Sequence[str]) -> Iterator[tuple[str, Figure]]:

@@ -37,6 +37,7 @@ from spkit.evaluation.stored import of_backbone, of_setting
 from spkit.evaluation.utility.first_token import kl_prompts
 from spkit.evaluation.verdicts import FAILED
 from spkit.examples import EvalPrompt
+from spkit.figures import save
 from spkit.method.balancing import balanced, first_token_losses
 from spkit.method.patch import whole_patches
 from spkit.method.safepatching import NAME as SAFEPATCHING
@@ -393,7 +394,7 @@ class _Tuning:
         folder, config = self.folder, self.config
         save_csv(folder / "trials.csv", trials)
         save_csv(folder / "judged.csv", table)
-        _save_figure(folder, pareto(trials, table, config.tuning.max_kl))
+        save(folder, "pareto", pareto(trials, table, config.tuning.max_kl))
         with atomic(folder / "chosen.yaml") as path:
             path.write_text(params_text(self.asked_for, chosen, self.stops), encoding="utf-8")
         for store in set((folder / "answers").glob("*.jsonl")) - self.stores:
@@ -523,15 +524,6 @@ def params_text(config: Config, chosen: Mapping, stops: list[float]) -> str:
         head.append(f"# A params file has no place for the settings of {method}.")
     dumped = made.model_dump(mode="json")
     return "\n".join([*head, yaml.safe_dump(dumped, sort_keys=False, allow_unicode=True)])
-
-
-def _save_figure(folder: Path, figure) -> None:
-    import matplotlib
-
-    with matplotlib.rc_context({"svg.hashsalt": "spkit"}):
-        for suffix, inside in (("png", {"Software": None}), ("svg", {"Date": None})):
-            with atomic(folder / f"pareto.{suffix}") as path:
-                figure.savefig(path, bbox_inches="tight", dpi=150, metadata=inside)
 
 
 def _minutes(seconds: float) -> str:

@@ -9,6 +9,7 @@ this file: it asks the planner again with the same values, and takes the unit of
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ class Plan:
         """The plan that `planner` makes of `given`."""
         return cls(Path(root), label, planner, given, planned(planner, given))
 
-    @property
+    @cached_property  # it hashes what each unit is made of; also, it is as it was at the start
     def places(self) -> dict[str, Path]:
         """{name of a unit: its folder}."""
         return places(self.units, self.root / "units")
