@@ -76,7 +76,7 @@ class Work:
 def derive_patches(
     work: Work, checkpoints: Path | None = None, saved: Callable[[], object] = lambda: None
 ) -> None:
-    """Write se.safetensors, osm.safetensors and their loss curves.
+    """Write se.safetensors, osm.safetensors and their loss curves; all are there afterwards.
 
     checkpoints: a folder to resume from and to write to. saved: called after each checkpoint.
     """
@@ -93,6 +93,7 @@ def derive_patches(
     if processes.here().first:
         curves = [curve for curve in curves if len(curve)] or curves
         save_csv(work.folder / CURVES, pd.concat(curves, ignore_index=True))
+    processes.here().meet()  # the others may read the patches next
 
 
 def windows(work: Work) -> Iterator[Scores]:

@@ -77,6 +77,9 @@ class One:
         """The smallest of the processes' values, in all of them."""
         return value
 
+    def meet(self) -> None:
+        """Wait until all processes have come here: what the first one wrote before is there."""
+
     def sums(self, batches: Iterable) -> Sums:
         """Where the sums over these batches are kept."""
         return Sums()
@@ -133,6 +136,9 @@ class Several(One):
         found = torch.tensor(value, dtype=torch.int64, device=self.device)
         dist.all_reduce(found, dist.ReduceOp.MIN)
         return int(found)
+
+    def meet(self) -> None:
+        self.smallest(0)  # nobody has it before all have sent theirs
 
     def sums(self, batches: Sequence) -> Sums:
         return PassedOn(self, len(batches))

@@ -5,18 +5,35 @@ in_processes.py FOLDER      FOLDER/params.json: the parameters, source of the ba
 
 import json
 import sys
+import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from spkit.comparison.methods.npo import derive_npo
 from spkit.config import Config
 from spkit.distributed.work import Work, derive_patches, score
+from spkit.method.patch import Factors
 from spkit.method.training import Loop
 from spkit.system import processes
 
 
 class Cut(Exception):
     """Stands for a process that is killed."""
+
+
+@contextmanager
+def slow_to_save():
+    """The first process takes a second for each patch: the other must not read before."""
+    usual = Factors.save
+
+    def late(self, path):
+        time.sleep(1)
+        usual(self, path)
+
+    Factors.save = late
+    yield
+    Factors.save = usual
 
 
 def main(folder: Path) -> None:
@@ -34,7 +51,8 @@ def main(folder: Path) -> None:
     for name in ("dense", "nf4"):
         own = {"quantization": "nf4", "micro_batch_size": 1} if name == "nf4" else {}
         whole = case(name, **own)
-        derive_patches(whole)
+        with slow_to_save():
+            derive_patches(whole)
         score(whole)
         derive_patches(case(f"{name}-sharded", sharded=True, gradient_checkpointing=True, **own))
         score(case(f"{name}-one", **own))  # of the patches of one process, which lie there
@@ -59,6 +77,7 @@ def main(folder: Path) -> None:
         derive_patches(resumed, folder / "checkpoints")
     except Cut:
         Loop.update = whole_step
+    processes.here().meet()  # the first one may still be writing its checkpoint
     steps = json.loads((folder / "checkpoints" / "descent" / "state.json").read_text())
     assert steps["state"]["counts"][0] == 2, "it was cut behind its checkpoint"
     derive_patches(resumed, folder / "checkpoints")
