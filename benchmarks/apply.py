@@ -31,37 +31,25 @@ compares what was written with base + patch, bit for bit. Linux only.
 
 import argparse
 import contextlib
-import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from tabulate import tabulate
 
-from spkit.method.sets import Lazy
-from spkit.models.checkpoint_files import read_header, tensor_files
-from spkit.patchfile.make import About, make_patch
+from spkit.bench import random_checkpoint
+from spkit.bench.stages.apply import commands, make, run, warm
 from spkit.patchfile.verify import verify
 from spkit.system.machine import hardware, versions
-
-sys.path.insert(0, str(Path(__file__).parent))
-import random_checkpoint  # noqa: E402
-from watched import WATCH  # noqa: E402
 
 MODELS = {  # hidden, layers, intermediate, heads, kv heads, head_dim, vocabulary, tied
     "0.25 B": [1024, 14, 2816, 16, 16, 64, 32000, False],
     "0.5 B": [1536, 14, 4224, 24, 24, 64, 32000, False],
     "1.1 B": [2048, 22, 5632, 32, 4, 64, 32000, False],
 }
-SHARD = 300 * 2**20  # bytes: several shards even for the smallest
-KEPT, DEVIATION = 0.3 * (0.03 + 0.02), 1e-3
 SMALL = ["--lazy-unpickle", "--out-shard-size", "100M"]  # by default all output is held at once
 MERGEKIT = {
     "mergekit, defaults": [],
@@ -77,70 +65,16 @@ dtype: bfloat16
 """
 
 
-# ---- what is made --------------------------------------------------------------------------------
-
-
-def make(folder: Path, values: list, seed: int) -> int:
-    """folder/base and folder/patch.safetensors; returns the number of parameters."""
-    sizes = dict(zip(random_checkpoint.SIZES, values, strict=True))
-    base = random_checkpoint.write(folder / "base", sizes, seed=seed, shard=SHARD)
-    shapes, parameters = {}, 0
-    for path in sorted(set(tensor_files(base).values())):
-        with path.open("rb") as file:
-            for name, about in read_header(file, path)[0]:
-                parameters += int(np.prod(about["shape"]))
-                if name.endswith("proj.weight"):
-                    shapes[name] = about["shape"]
-    numbers = {name: number for number, name in enumerate(shapes)}
-
-    def delta(name: str) -> np.ndarray:
-        generator = np.random.default_rng([seed, numbers[name]])
-        kept = generator.random(shapes[name], dtype=np.float32) < KEPT
-        merged = np.zeros(shapes[name], dtype=np.float32)
-        merged[kept] = DEVIATION * generator.standard_normal(int(kept.sum()), dtype=np.float32)
-        return merged
-
-    about = About("random", method={"kept": KEPT, "seed": seed})
-    path = folder / "patch.safetensors"
-    make_patch(base, Lazy(shapes, delta), path, about, progress=False)
-    return parameters
-
-
 # ---- what is measured ----------------------------------------------------------------------------
-
-
-def run(command: list[str], target: Path, pause: float) -> dict:
-    """Seconds and MiB of one command that writes `target`, which is deleted before."""
-    shutil.rmtree(target, ignore_errors=True)
-    os.sync()
-    time.sleep(pause)
-    watched = [sys.executable, "-I", "-S", "-c", WATCH, *command]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(watched, capture_output=True, env=environment)
-    found = json.loads(done.stdout.splitlines()[-1])
-    if found.pop("exit"):
-        sys.exit(f"{' '.join(command)}\n{done.stderr.decode()[-2000:]}")
-    return found
-
-
-def warm(folders: Iterable[Path]) -> None:
-    """Read all files once."""
-    for path in (path for folder in folders for path in folder.iterdir()):
-        with path.open("rb") as file:
-            while file.read(2**22):
-                pass
 
 
 def measure(folder: Path, name: str, given) -> list[dict]:
     """One row a run, for one size."""
-    parameters = make(folder, MODELS[name], given.seed)
+    sizes = dict(zip(random_checkpoint.SIZES, MODELS[name], strict=True))
+    parameters = make(folder, sizes, given.seed)
     base, patch, target = folder / "base", folder / "patch.safetensors", folder / "target"
-    apply = [sys.executable, "-m", "spkit.cli", "apply", *map(str, (patch, base, target))]
-    commands = {
-        "apply": [*apply, "--quiet"],
-        "cp + sync": ["sh", "-c", 'cp -r "$0" "$1" && sync', str(base), str(target)],
-    }
-    run(commands["apply"], target, 0)
+    own = dict(zip(("apply", "cp + sync"), commands(base, patch, target), strict=True))
+    run(own["apply"], target)
     verified = verify(patch, base, target, progress=False)
     print(f"{name}: {parameters:,} parameters, patch {patch.stat().st_size:,} bytes; ", end="")
     print(f"what apply wrote is {'' if verified.ok else 'NOT '}base + patch", flush=True)
@@ -156,7 +90,7 @@ def measure(folder: Path, name: str, given) -> list[dict]:
     warm(sources)
     rows = []
     for number in range(given.repetitions):
-        todo = commands | (merges if number < given.merges else {})
+        todo = own | (merges if number < given.merges else {})
         for what in reversed(todo) if number % 2 else todo:
             about = {"model": name, "parameters": parameters, "repetition": number}
             rows.append(about | {"command": what} | run(todo[what], target, given.pause))

@@ -207,7 +207,7 @@ def peaks(bench: Bench, stage: str, what: str = "") -> Iterator[None]:
 
 def checkpoint(bench: Bench) -> Path:
     """The folder of the random checkpoint, made where it is missing."""
-    import random_checkpoint
+    from spkit.bench import random_checkpoint
 
     folder = bench.folder / "model"
     if folder.is_dir():

@@ -409,7 +409,7 @@ def notebooks(bench: Bench) -> None:
 
 def with_bytes(folder: Path) -> Path:
     """The same weights, linked, with a tokenizer of bytes: the notebooks bring sentences."""
-    import random_checkpoint
+    from spkit.bench import random_checkpoint
 
     sys.path.insert(0, str(ROOT / "tests"))
     import tiny
@@ -448,7 +448,7 @@ def of_run(bench: Bench) -> None:
 
 def write_data(folder: Path) -> None:
     """Pairs, prompts and texts in the words of the random checkpoint's tokenizer."""
-    import random_checkpoint
+    from spkit.bench import random_checkpoint
 
     words = random_checkpoint.WORDS
 

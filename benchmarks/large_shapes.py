@@ -7,7 +7,7 @@ that model, but of its first layers only, and *sparse*: made with truncate, all 
 embeddings, its largest tensors, are always there. make's input is simulated: of every 67 weights of
 a matrix one, drawn at random, gets a random number. So a layer's patch is as large as one at
 a = 3 %, b = 2 %, p = 30 %. `apply` writes all of its bytes; nothing is sparse there. Each command
-is a process of its own; memory is the highest RssAnon, read every 5 ms (benchmarks/watched.py), in
+is a process of its own; memory is the highest RssAnon, read every 5 ms (spkit/bench/watched.py), in
 which pages of files do not count. make's includes the matrix in full precision of its caller.
 
 The last part is a simulation: the header of the patch of *all* layers, from the manifest of one, in
@@ -27,14 +27,12 @@ from pathlib import Path
 import numpy as np
 from tabulate import tabulate
 
+from spkit.bench.watched import WATCH
 from spkit.patchfile.file import PatchFile, header, layout
 from spkit.patchfile.make import About, make_patch
 from spkit.patchfile.manifest import Manifest
 from spkit.running.widths import PUBLIC
 from spkit.system.machine import hardware, versions
-
-sys.path.insert(0, str(Path(__file__).parent))
-from watched import WATCH  # noqa: E402
 
 COUNTS = {"llama2-70b": (1, 2, 4), "llama3.1-405b": (1, 2)}  # layers
 AT_ONCE = 2**18  # values drawn at once: the caller should take little memory beside its matrix

@@ -29,6 +29,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from spkit.bench import random_checkpoint
 from spkit.comparison.ablations import ablated
 from spkit.config import Config
 from spkit.evaluation.answers import respond
@@ -54,9 +55,6 @@ from spkit.running.shape import shape_of
 from spkit.system.determinism import make_deterministic
 from spkit.system.machine import hardware, own_memory, versions
 from spkit.validation import read_yaml
-
-sys.path.insert(0, str(Path(__file__).parent))  # also where this file is imported by its path
-import random_checkpoint  # noqa: E402
 
 GIB = 2**30
 # what is to be as in params/llama2-7b-chat.yaml where no --params are given

@@ -19,7 +19,6 @@ The second table has other codes for the same positions and values, in the forma
 import argparse
 import contextlib
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,6 +30,7 @@ import torch
 import zstandard
 from tabulate import tabulate
 
+from spkit.bench import random_checkpoint
 from spkit.method.patching import kept_set, merged_delta, retention_mask, top_rate_set
 from spkit.method.sets import Lazy
 from spkit.models.checkpoint_files import read_header, tensor_files
@@ -39,9 +39,6 @@ from spkit.patchfile.file import header
 from spkit.patchfile.make import About, make_patch
 from spkit.patchfile.manifest import PARTS, Manifest
 from spkit.system.machine import hardware, versions
-
-sys.path.insert(0, str(Path(__file__).parent))
-import random_checkpoint  # noqa: E402
 
 TOP_SE, TOP_OSM, RETAINED = 0.03, 0.02, 0.3
 RANK, DEVIATION = 16, 5e-4  # of a LoRA delta: rank, standard deviation

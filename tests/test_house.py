@@ -30,7 +30,7 @@ ORDER = (
         "tuning",
         "study",
     ),
-    "sweeps",
+    *("sweeps", "bench"),
     *("api", "spkit", "cli"),
 )
 METHOD_LINES = 1900

@@ -5,13 +5,14 @@
     study.py         align, study
     sweep.py         sweep
     tune.py          tune, patch
+    bench.py         bench
     patch_files.py   make, inspect, apply, verify, revert, stack, card
 
 A module imports what a command needs when the command runs: patch files need neither torch nor
 pandas, and `spkit -h` is there at once.
 """
 
-from spkit.cli import patch_files, run, study, sweep, tune  # noqa: F401  their commands register
+from spkit.cli import run, study, sweep, tune, bench, patch_files  # isort: skip  # noqa: F401  their commands register
 from spkit.cli.front import app
 
 __all__ = ["app"]

@@ -39,8 +39,9 @@ class OneScreen(TyperGroup):
             for name, command in self.commands.items():
                 if command.rich_help_panel == panel and not command.hidden:
                     lines.append(f"  {name:<12}{command.short_help}")
-        lines.append("Options: --version, -h or --help, --install-completion")
-        lines.append("Exit codes: 0 done or yes, 1 an error, 2 a wrong command line, 3 verify: no")
+        lines.append(
+            "Options: --version, -h, --install-completion. Exit: 0 yes 1 error 2 usage 3 no"
+        )
         formatter.write("\n".join(lines) + "\n")
 
 

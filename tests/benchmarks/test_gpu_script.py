@@ -300,8 +300,7 @@ def test_windows_are_those_of_the_bound_and_not_of_the_machine(modules):
     """By hand: a layer of LLaMA-2-7B scores 202 M weights in fp32, three times: 2.43 GB."""
     parts = modules[2]
     config = parts.load_params(parts.PARAMS)
-    import random_checkpoint
-
+    from spkit.bench import random_checkpoint
     from spkit.running.shape import shape_of_model
 
     architecture, values = random_checkpoint.SHAPES["llama2-7b"]
@@ -337,8 +336,7 @@ def test_a_full_disk_is_told_before_30_gb_are_written(modules, tmp_path, results
 
 
 def test_the_notebooks_part_brings_a_tokenizer_that_reads_any_sentence(modules, tmp_path):
-    import random_checkpoint
-
+    from spkit.bench import random_checkpoint
     from spkit.models.loading import load
 
     parts, folder = modules[1], tmp_path / "model"

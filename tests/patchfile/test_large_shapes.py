@@ -1,7 +1,6 @@
 """benchmarks/large_shapes.py on a small shape, and what bounds a patch of a large one."""
 
 import importlib.util
-import sys
 import weakref
 from pathlib import Path
 
@@ -22,14 +21,12 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 @pytest.fixture
 def large(monkeypatch):
     """The benchmark as a module; its shape "small" has 3 layers."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
     spec = importlib.util.spec_from_file_location("large_shapes", BENCHMARKS / "large_shapes.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setitem(PUBLIC, "small", Widths(64, 3, 128, 4, 2, 16, 100))
     monkeypatch.setattr(module, "SHARD", 60_000)
-    yield module
-    sys.modules.pop("watched", None)
+    return module
 
 
 def test_a_sparse_checkpoint_is_made_patched_and_verified(large, tmp_path):
