@@ -23,7 +23,7 @@ from spkit.running.notebook import repository_root
 from spkit.running.runs import run_folder
 from spkit.system.determinism import make_deterministic
 from spkit.system.files import make_folder
-from spkit.tuning.run import _made_from, _Tuning
+from spkit.tuning.run import Tuning, made_of
 
 RATES = ((0.03, 0.02), (0.2, 0.2))  # a, b
 STRENGTH = 0.3
@@ -56,7 +56,7 @@ def main() -> None:
     os.chdir(repository_root())
     make_deterministic(config.seed, config.threads)
     align(config)
-    tuning = _Tuning(config, make_folder(run_folder(config) / "tuning"), _made_from(config))
+    tuning = Tuning(config, make_folder(run_folder(config) / "tuning"), made_of(config))
     tuning.prepare()
     objective = tuning.objective
     base, _ = objective.look({})

@@ -65,7 +65,8 @@ class Bench:
     """One stage's run.
 
     stage: its name. rounds: counted ones. sizes: only these, of those that a stage offers; None:
-    all. folder: for what it writes meanwhile. told: called after each row with all rows so far.
+    all. threads: of torch. folder: for what it writes meanwhile. told: called after each row with
+    all rows so far.
     """
 
     stage: str
@@ -73,6 +74,7 @@ class Bench:
     rounds: int = 5
     sizes: tuple[str, ...] | None = None
     device: str = "cpu"
+    threads: int = 1
     peers: Peers = field(default_factory=Peers)
     told: Callable[[list[Row]], object] = lambda rows: None
     rows: list[Row] = field(default_factory=list)

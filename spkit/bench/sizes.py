@@ -6,6 +6,8 @@ import torch
 
 from spkit.bench import random_checkpoint
 from spkit.examples import HarmfulPair
+from spkit.method.patch import Factors
+from spkit.models.weights import target_weights
 
 # hidden, layers, intermediate, heads, kv heads, head_dim, vocabulary, tied; 135 M is SmolLM2's
 SHAPES = {
@@ -51,6 +53,27 @@ class Size:
         torch.manual_seed(0)
         config = self.configuration
         return AutoModelForCausalLM.from_config(config, dtype=dtype).to(device).eval()
+
+
+@dataclass(frozen=True)
+class Sandbox:
+    """The backbone that the kit ships, in place of a size."""
+
+    name: str = "sandbox"
+    weights: int = 1_887_168
+
+
+SANDBOX = Sandbox()
+
+
+def factors(model, name: str, targets) -> Factors:
+    """A patch of rank 8 with random factors, for every targeted matrix."""
+    torch.manual_seed(0 if name == "se" else 1)
+    made = {
+        tensor: (torch.randn(8, layer.in_features), torch.randn(layer.out_features, 8))
+        for tensor, layer in target_weights(model, targets).items()
+    }
+    return Factors(name, made, 1e-3)
 
 
 def pairs(count: int, words: int = 20) -> list[HarmfulPair]:

@@ -21,7 +21,8 @@ from spkit.system.determinism import make_deterministic
 def main(stage: str, folder: Path, given: dict) -> int:
     """Returns 1 where the stage failed; the rows that it has by then are kept."""
     asked, file = as_asked(given["asked"]), folder / "stages" / f"{stage}.json"
-    make_deterministic(0, asked.threads or os.cpu_count())
+    threads = asked.threads or os.cpu_count()
+    make_deterministic(0, threads)
     without_loading_bars()
     progress.shown_by(lambda **how: tqdm(**how, disable=True))  # of the stages; not the rounds'
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -29,7 +30,7 @@ def main(stage: str, folder: Path, given: dict) -> int:
     work.mkdir(parents=True)
     file.parent.mkdir(exist_ok=True)
     peers = Peers(folder / "peers" if asked.peers else None)
-    bench = results.Bench(stage, work, asked.rounds, asked.sizes, asked.device, peers)
+    bench = results.Bench(stage, work, asked.rounds, asked.sizes, asked.device, threads, peers)
 
     def told(rows, finished: bool = False) -> None:
         about = {"made_from": given["made_from"], "notes": bench.notes, "finished": finished}

@@ -109,13 +109,13 @@ def dev_prompts(config: Config) -> list[EvalPrompt]:
 
 def _tuned(config: Config, folder: Path) -> pd.DataFrame:
     """The judged points: read where the search is finished, else it is run."""
-    made_from = _made_from(config)
+    made_from = made_of(config)
     table = _finished(folder, made_from)
     if table is None:
         make_deterministic(config.seed, config.threads)
         without_loading_bars()
         (folder / "record.json").unlink(missing_ok=True)
-        table = _Tuning(config, folder, made_from).run()
+        table = Tuning(config, folder, made_from).run()
     else:
         print(f"Done already with these parameters: {folder}")
     return table
@@ -136,7 +136,7 @@ def check(config: Config) -> None:
 # ---- what it is made from ------------------------------------------------------------------------
 
 
-def _made_from(config: Config) -> dict[str, Any]:
+def made_of(config: Config) -> dict[str, Any]:
     """All that decides the result: parameters, seed, contents of input files, code."""
     whole = identity(config, "03_controllable_patching")
     dumped = config.model_dump(mode="json")
@@ -196,7 +196,7 @@ def _fresh(folder: Path, kind: str, digest: str) -> Path:
 # ---- the work ------------------------------------------------------------------------------------
 
 
-class _Tuning:
+class Tuning:
     """One run, step after step."""
 
     def __init__(self, config: Config, folder: Path, made_from: dict):
@@ -306,9 +306,6 @@ class _Tuning:
         first = self._as_trial()
         started = time.monotonic()
 
-        def measure(setting: dict) -> dict[str, float]:
-            return self.objective.measure(self._given(self.candidates.deltas(setting)))
-
         def told(left: int) -> None:
             each = time.monotonic() - started
             answering = self.seconds["answers of a point"] * (tuning.judged + 1)
@@ -320,7 +317,7 @@ class _Tuning:
 
         done = search(
             self.space,
-            measure,
+            self.measure,
             self.work / "trials.jsonl",
             {"made from": self.trials_of},
             trials=tuning.trials,
@@ -330,6 +327,10 @@ class _Tuning:
         )
         self.seconds["trials"] = time.monotonic() - started
         return done
+
+    def measure(self, setting: Mapping) -> dict[str, float]:
+        """One trial: a setting of the method, by the fast objective (objective.py)."""
+        return self.objective.measure(self._given(self.candidates.deltas(setting)))
 
     def _by_hand(self) -> Point:
         """The setting of `patching`, as notebook 03 makes it: alpha found where balance is set."""

@@ -461,13 +461,13 @@ def test_a_branch_of_the_hub_that_moved_on_is_another_backbone(monkeypatch):
     assert counted.on_the_hub("owner/model", None) == {"hub": "a" * 40}
     complete(overrides=own)
     assert forget_other_weights(config(own)) == []
-    tuned, unit = tuning._made_from(config(own)), Unit(config(own), 0, 0, Path("unit"))
+    tuned, unit = tuning.made_of(config(own)), Unit(config(own), 0, 0, Path("unit"))
     bundle = unit.bundle_folder()
     hub_with(monkeypatch, "b" * 40)
     with pytest.raises(SpkitError, match="made with other weights of the backbone; run"):
         Run(config(own), PATCHING)
     assert forget_other_weights(config(own)) == [s for s in STAGES if s != COMPARISON]
-    again = tuning._made_from(config(own))
+    again = tuning.made_of(config(own))
     assert tuned["hub"] == "a" * 40 and again["hub"] == "b" * 40
     patches = {tuning._of_patches(config(own), each) for each in (tuned, again)}
     assert len(patches) == 2 and unit.bundle_folder() != bundle

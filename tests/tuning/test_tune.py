@@ -73,7 +73,7 @@ def test_the_params_file_differs_only_where_it_is_tuned(done):
 
 def test_a_finished_one_is_not_run_again(done, monkeypatch, capsys):
     outputs, table = done
-    monkeypatch.setattr(tuning, "_Tuning", None)  # would be called
+    monkeypatch.setattr(tuning, "Tuning", None)  # would be called
     again = tuning.tune(MICRO, GIVEN | {"outputs": str(outputs)})
     assert again["harm"].tolist() == table["harm"].tolist()
     assert "Done already" in capsys.readouterr().out

@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-NAMES = ("importance", "top_sets", "apply", "growth")
+NAMES = ("importance", "top_sets", "settings", "apply", "growth")
 
 
 def measure(bench) -> None:

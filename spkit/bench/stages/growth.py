@@ -7,21 +7,18 @@ weights; composition, `apply` and `verify` read them.
 import shutil
 from collections.abc import Callable
 
-import torch
-
 from spkit.bench import random_checkpoint
 from spkit.bench.bench import GROWTH, Bench
-from spkit.bench.sizes import Size, pairs
+from spkit.bench.sizes import Size, factors, pairs
 from spkit.bench.stages.importance import TARGETS, batches
 from spkit.bench.timing import Spread, seconds
 from spkit.config import DerivationConfig, PatchingConfig
 from spkit.method.derivation import derive
-from spkit.method.patch import Factors, MergedPatch
+from spkit.method.patch import MergedPatch
 from spkit.method.safepatching import SafePatching
 from spkit.method.sets import Lazy
 from spkit.method.snip import snip
 from spkit.method.training import TrainingSet
-from spkit.models.weights import target_weights
 from spkit.patchfile.apply import apply
 from spkit.patchfile.make import About, make_patch
 from spkit.patchfile.verify import verify
@@ -50,7 +47,7 @@ def _in_memory(bench: Bench, size: Size, model) -> MergedPatch:
     name = f"derivation, {STEPS} steps"
     _time(bench, size, name, lambda: derive(model, data, "descent", config, 0))
     scores = snip(model, calibration, TARGETS)
-    se, osm = (_factors(model, key) for key in ("se", "osm"))
+    se, osm = (factors(model, key, TARGETS) for key in ("se", "osm"))
     method = SafePatching(se, osm, (scores, scores_of_other(scores)), PatchingConfig(**PATCHING), 0)
 
     def compose() -> None:
@@ -93,16 +90,6 @@ def _steps() -> DerivationConfig:
     return DerivationConfig(
         quantization="none", lora={"r": 8, "alpha": 16, "targets": TARGETS}, descent=descent
     )
-
-
-def _factors(model, name: str) -> Factors:
-    """A patch of rank 8 with random factors, for every targeted matrix."""
-    torch.manual_seed(0 if name == "se" else 1)
-    factors = {
-        tensor: (torch.randn(8, layer.in_features), torch.randn(layer.out_features, 8))
-        for tensor, layer in target_weights(model, TARGETS).items()
-    }
-    return Factors(name, factors, 1e-3)
 
 
 def scores_of_other(scores) -> Lazy:
