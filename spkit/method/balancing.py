@@ -20,8 +20,9 @@ from torch import Tensor
 from spkit.method.importance import Calibration
 from spkit.method.safepatching import SafePatching
 from spkit.method.sets import Lazy
-from spkit.models.chat import answer_loss
+from spkit.models.chat import answer_loss, first_counted
 from spkit.models.deltas import SparseDelta
+from spkit.models.heads import answer_logits
 from spkit.models.patched import Delta, patched
 
 QUANTILE = 0.05
@@ -39,18 +40,16 @@ def first_token_losses(model, tokenizer, calibration: Calibration) -> Losses:
     not depend on `importance.batch_size`.
     """
     batches = calibration.answers(tokenizer, AT_ONCE)
-    device = model.get_input_embeddings().weight.device
+    for batch in batches:
+        batch["labels"] = first_counted(batch["labels"])
 
     @torch.inference_mode()
     def losses(deltas: Mapping[str, Delta]) -> Tensor:
         found = []
         with patched(model, deltas):
             for batch in batches:
-                inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
-                logits = model(**inputs, use_cache=False).logits
-                by_token, mask = answer_loss(logits, batch["labels"].to(device))
-                first = mask.long().argmax(dim=1, keepdim=True)
-                found.append(by_token.gather(1, first).squeeze(1).float().cpu())
+                by_token, _ = answer_loss(answer_logits(model, batch), batch["labels"])
+                found.append(by_token.sum(dim=1).cpu())  # 0 but for the first token
         return torch.cat(found)
 
     return losses

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from spkit.errors import SpkitError
 from spkit.models.chat import answer_loss, mean_per_sample
 from spkit.models.devices import check_in_memory
+from spkit.models.heads import answer_logits
 from spkit.models.weights import decoder_layers, effective_weight, target_weights
 from spkit.system import processes
 
@@ -107,12 +108,9 @@ def _score(
         for batch in batches:
             if not sums.mine(len(batch["input_ids"])):
                 continue  # another process computes it
-            mask = batch["attention_mask"].to(device)
-            rows[:] = [row.nonzero().squeeze(1) for row in mask]
-            logits = model(
-                input_ids=batch["input_ids"].to(device), attention_mask=mask, use_cache=False
-            ).logits
-            losses = mean_per_sample(*answer_loss(logits, batch["labels"].to(device)))
+            rows[:] = [row.nonzero().squeeze(1) for row in batch["attention_mask"].to(device)]
+            logits = answer_logits(model, batch, but_for=layers.values())
+            losses = mean_per_sample(*answer_loss(logits, batch["labels"]))
             if not bool(torch.isfinite(losses).all()):
                 row = sums.samples - len(rows) + int((~torch.isfinite(losses)).nonzero()[0])
                 raise SpkitError(f"The loss of calibration sample {row} is not finite.")

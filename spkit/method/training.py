@@ -32,6 +32,7 @@ from spkit.models.chat import (
     length_bucketed_batches,
     mean_per_sample,
 )
+from spkit.models.heads import answer_logits
 from spkit.models.optimizers import adamw
 from spkit.models.prompt_checks import check_pairs
 from spkit.models.weights import target_weights
@@ -194,9 +195,7 @@ class Loop:
         means = []
         for chosen, share in self.group.passes(indices, self.at_once):
             batch = collate([self.data.encoded[i] for i in chosen], self.data.pad_id)
-            batch = {key: value.to(self.device) for key, value in batch.items()}
-            labels = batch.pop("labels")
-            losses, mask = answer_loss(self.wrapped(**batch, use_cache=False).logits, labels)
+            losses, mask = answer_loss(answer_logits(self.wrapped, batch), batch["labels"])
             mean = mean_per_sample(losses, mask).detach()
             if not bool(torch.isfinite(mean).all()):
                 what = f"The {self.task.direction} loss is {mean.mean().item()}"

@@ -132,17 +132,34 @@ def length_bucketed_batches(
     return [batches[i] for i in generator.permutation(len(batches))]
 
 
+def counted(labels: torch.Tensor) -> torch.Tensor:
+    """Which tokens count in the loss: bool [B, T-1], entry t is about token t+1."""
+    return labels[:, 1:] != IGNORE
+
+
+def first_counted(labels: torch.Tensor) -> torch.Tensor:
+    """Labels [B, T] of which the first that counts is left in each row: an answer's first token."""
+    first = counted(labels).long().argmax(dim=1, keepdim=True) + 1
+    return torch.full_like(labels, IGNORE).scatter(1, first, labels.gather(1, first))
+
+
 def answer_loss(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """-log p(y_t | x, y_<t) of each token that counts.
 
     logits [B, T, V] and labels [B, T] give (losses fp32 [B, T-1], mask bool [B, T-1]): entry t is
-    about token t+1, and is 0 where the mask is False.
+    about token t+1, and is 0 where the mask is False. logits may be [1, N, V] of the N tokens that
+    count alone (heads.py), to the same losses but for rounding.
     """
     target = labels[:, 1:].to(logits.device)
-    losses = F.cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), target, ignore_index=IGNORE, reduction="none"
-    )
-    return losses, target != IGNORE
+    mask = counted(labels).to(logits.device)
+    if logits.shape[:2] == labels.shape:
+        return _token_losses(logits[:, :-1].transpose(1, 2), target), mask
+    losses = _token_losses(logits[0], target[mask])
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, losses), mask
+
+
+def _token_losses(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits.float(), target, ignore_index=IGNORE, reduction="none")
 
 
 def mean_per_sample(losses: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

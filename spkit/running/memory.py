@@ -32,6 +32,7 @@ ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Lengths that the parameters leave open, in tokens.
 SANDBOX_TOKENS, UNKNOWN_TOKENS = 48, 1024  # of a pair or a prompt; the latter is a guess
 AT_ONCE = 4096  # as in method/balancing.py, which imports torch
+SMALL_HEAD = 4096  # words, as in models/heads.py: a larger head gives the tokens that count alone
 PERPLEXITY_TOKENS = 512  # utility/likelihood.py cuts longer texts
 
 # Counted in the code of torch, transformers, peft and this kit, and held against the sizes of
@@ -108,6 +109,15 @@ class Sizes:
         if self.config.data.max_tokens is not None:
             return self.config.data.max_tokens
         return SANDBOX_TOKENS if self.config.data.harmful == "sandbox" else UNKNOWN_TOKENS
+
+    def counted(self, tokens: int) -> int:
+        """So many of a pair's tokens get logits where `tokens` of them count in the loss."""
+        return tokens if self.shape.vocabulary >= SMALL_HEAD else self.pair_tokens
+
+    @property
+    def answer_tokens(self) -> int:
+        """The number of tokens of the longest answer: at most those of a pair."""
+        return self.pair_tokens
 
     @property
     def prompt_tokens(self) -> int:
@@ -203,7 +213,7 @@ def derivation(see: Sizes) -> list[Moment]:
         kept, again = s.layers * one, 0
     kept += LAST_HIDDEN * FP32 * s.hidden
     loss = begun("the loss of a batch").add(ACTIVATIONS, tokens * kept)
-    loss.add(LOGITS, see.loss(tokens))
+    loss.add(LOGITS, see.loss(rows * see.counted(see.answer_tokens)))
     working = TRAIN_WIDTHS * FP32 * s.intermediate
     back = begun("the backward pass").add(ACTIVATIONS, tokens * (kept + again + working))
     back.add(MATRIX, see.unpacked(d.quantization))
@@ -222,7 +232,8 @@ def importance(see: Sizes, patches: int = 0) -> list[Moment]:
     i, d, s = see.config.importance, see.config.derivation, see.shape
     walks = 2 if i.scored_model == "patched" else 1
     depth = layers_in_a_pass(see)
-    tokens = min(i.batch_size, i.samples) * see.pair_tokens
+    rows = min(i.batch_size, i.samples)
+    tokens, counted = rows * see.pair_tokens, rows * see.counted(see.answer_tokens)
     window = FP32 * see.targeted * depth / s.layers
     lower = ("importance.layers_per_pass", "importance.batch_size", "data.max_tokens")
 
@@ -245,7 +256,7 @@ def importance(see: Sizes, patches: int = 0) -> list[Moment]:
         kept = (s.layers - first) * see.layer("passed")
         kept += LAST_HIDDEN * FP32 * s.hidden
         kept += min(depth, s.layers - first) * (see.layer("scored") - see.layer("passed"))
-        moment.add(ACTIVATIONS, tokens * kept).add(LOGITS, see.loss(tokens))
+        moment.add(ACTIVATIONS, tokens * kept).add(LOGITS, see.loss(counted))
         moment.add(MATRIX, see.unpacked(d.quantization) + FP32 * see.largest)
         if is_gpu(see.device):
             moment.add(SCORES, (walks + before) * window, walks * (1 + before) * window)
@@ -298,7 +309,7 @@ def patching(see: Sizes, held: int = 0) -> list[Moment]:
     rows = i.samples if i.samples * see.pair_tokens <= AT_ONCE else min(i.batch_size, i.samples)
     find = Moment("finding alpha", (*TOP_RATES, "importance.batch_size", "data.max_tokens"))
     find.add(BACKBONE, see.backbone(e.quantization)).add(HALVES, 0, (INT32 + FP32) * kept)
-    find.add(DELTA, (INT32 + see.compute) * kept).add(LOGITS, see.loss(rows * see.pair_tokens))
+    find.add(DELTA, (INT32 + see.compute) * kept).add(LOGITS, see.loss(rows * see.counted(1)))
     find.add(SETS, 0, (2 + held) * bits)
     return [find, write]
 

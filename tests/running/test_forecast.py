@@ -8,6 +8,7 @@ import pytest
 from spkit.config import Config
 from spkit.errors import SpkitError
 from spkit.method import balancing
+from spkit.models import heads
 from spkit.running import memory
 from spkit.running.forecast import (
     DEVICES,
@@ -168,5 +169,6 @@ def test_one_gpu_of_one_holds_what_the_predictor_says():
     assert two == pytest.approx(0.5 + 1.05 * (split / 2 + alone), rel=0.02)
 
 
-def test_the_batch_of_the_balance_is_the_methods():
+def test_what_memory_says_of_the_method_without_torch_is_so():
     assert memory.AT_ONCE == balancing.AT_ONCE
+    assert memory.SMALL_HEAD == heads.SMALL

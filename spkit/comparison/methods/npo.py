@@ -31,6 +31,7 @@ from spkit.examples import HarmfulPair
 from spkit.method.patch import Factors, MergedPatch, whole_patches
 from spkit.method.training import Task, TrainingSet, train_lora
 from spkit.models.chat import answer_loss, collate
+from spkit.models.heads import answer_logits
 
 NAME = "NPO"
 
@@ -64,9 +65,7 @@ def answer_nll(
     try:
         for start in range(0, len(encoded), batch_size):
             batch = collate(encoded[start : start + batch_size], tokenizer.pad_token_id)
-            batch = {key: value.to(device) for key, value in batch.items()}
-            labels = batch.pop("labels")
-            losses, _ = answer_loss(model(**batch).logits, labels)
+            losses, _ = answer_loss(answer_logits(model, batch), batch["labels"])
             sums[start : start + batch_size] = losses.sum(dim=1)
     finally:
         model.train(was_training)
