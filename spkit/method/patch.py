@@ -38,7 +38,7 @@ class Factors:
     def delta(self, tensor: str) -> Tensor:
         """P of one weight matrix: B @ A * lora_alpha / r, fp32 [out, in]."""
         a, b = self.factors[tensor]
-        return (b @ a) * self.scaling
+        return (b @ a).mul_(self.scaling)
 
     def shape(self, tensor: str) -> tuple[int, int]:
         """(out, in) of one weight matrix, without computing its delta."""

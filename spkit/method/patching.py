@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spkit.system.ranking import largest
+
 RETENTION_VERSION = 1  # of the draw below; to change the draw is to change every patch ever made
 DRAWS_AT_ONCE = 1 << 20  # 8 MB of raw bits: bounds the memory, does not affect the result
 PHILOX_WIDTH = 4  # 64-bit words per step of numpy's Philox4x64 counter
@@ -111,10 +113,10 @@ def global_top_rate_sets(
         flat.append((values if pool is None else values[pool]).numpy())
         pools.append(pool)
     ranked = np.concatenate(flat) if len(flat) != 1 else flat[0]
-    if np.isnan(ranked).any():
+    if ranked.size and np.isnan(ranked.min()):  # one NaN makes it NaN
         names = [name for name, values in zip(scores, flat, strict=True) if np.isnan(values).any()]
         raise ValueError(f"the scores contain NaN {names[0]}".rstrip())
-    selected = torch.from_numpy(_largest(ranked, rate_count(rate, ranked.size)))
+    selected = torch.from_numpy(largest(ranked, rate_count(rate, ranked.size)))
 
     sets, start = {}, 0
     for (name, score), values, pool in zip(scores.items(), flat, pools, strict=True):
@@ -124,17 +126,6 @@ def global_top_rate_sets(
             part = torch.zeros(score.numel(), dtype=torch.bool).masked_scatter_(pool, part)
         sets[name] = part.reshape(score.shape).to(score.device)
     return sets
-
-
-def _largest(values: np.ndarray, count: int) -> np.ndarray:
-    """bool: the `count` largest values, ties to the lower index, in linear time."""
-    if count == 0:
-        return np.zeros(values.size, dtype=bool)
-    threshold = np.partition(values, values.size - count)[values.size - count]
-    selected = values > threshold
-    ties = np.flatnonzero(values == threshold)
-    selected[ties[: count - np.count_nonzero(selected)]] = True
-    return selected
 
 
 # ---- sets ------------------------------------------------------------------------------------
@@ -189,7 +180,7 @@ def kept_set(retained: Tensor, own: Tensor, other: Tensor) -> Tensor:
 def squared_norm(delta: Tensor, keep: Tensor | None = None) -> float:
     """Sum of squares of a delta, or of its kept part, in float64; sum these over the matrices."""
     chosen = delta if keep is None else delta[keep]
-    return float(chosen.double().square().sum())
+    return float(chosen.to(torch.float64, copy=True).square_().sum())
 
 
 def norm_matched(alpha: float, total_norm: float, kept_norm: float) -> float:
@@ -226,15 +217,16 @@ def merged_delta(
 
     The sets may overlap (in ablations they do). ValueError if a kept value is not finite.
     """
-    merged = _thinned(delta_se, keep_se, alpha) + _thinned(delta_osm, keep_osm, beta)
-    if not bool(torch.isfinite(merged).all()):
+    merged = _thinned(delta_se, keep_se, alpha)
+    merged += _thinned(delta_osm, keep_osm, beta)
+    if not all(torch.isfinite(end) for end in torch.aminmax(merged)):  # a NaN is both ends
         raise ValueError("a kept delta, scaled, is not finite")
     return merged
 
 
 def _thinned(delta: Tensor, keep: Tensor, scale: float) -> Tensor:
-    # `where` and not a product: 0 * inf is NaN, and 0 * -1 is -0.0
-    return torch.where(_mask(keep, delta, "keep"), delta.float() * scale, 0.0)
+    # filled and not multiplied by the set: 0 * inf is NaN, and 0 * -1 is -0.0
+    return (delta.float() * scale).masked_fill_(~_mask(keep, delta, "keep"), 0.0)
 
 
 # ---- checks ----------------------------------------------------------------------------------

@@ -323,10 +323,11 @@ def test_composition_refuses_what_is_not_finite_or_does_not_fit():
         merged_delta(ones, ones, ones, everything, 1, 1)
 
 
-def test_patching_imports_nothing_of_ours():
+def test_patching_imports_nothing_of_ours_but_a_ranking_of_arrays():
     tree = ast.parse(Path(patching.__file__).read_text())
     names = [n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
     names += [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
+    assert [name for name in names if name.startswith("spkit")] == ["spkit.system.ranking"]
     assert {name.split(".")[0] for name in names} == {
-        *("hashlib", "json", "collections", "fractions", "math", "numpy", "torch")
+        *("hashlib", "json", "collections", "fractions", "math", "numpy", "torch", "spkit")
     }
