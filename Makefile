@@ -10,6 +10,9 @@
 #   make report TABLES=docs/experiment        the tables of a finished experiment as markdown
 #   make publish                              the full experiment's tables into docs/ and README
 #   make backbone                             train the shipped sandbox backbone again, by its recipe
+#   make bench                                every stage beside its peer and its limit (20 minutes)
+#   make bench SMALL=1                        the smallest sizes, against the published figures
+#   make publish-bench                        a finished one into docs/speed.md
 #   make lab                                  JupyterLab on the notebooks
 #   make docs                                 the site, into site/: pages, executed notebooks, reference
 #   make test, make lint                      what the continuous integration runs
@@ -37,7 +40,7 @@ TABLES ?= docs/experiment
 BIN := $(VENV)/bin
 READY := $(VENV)/.spkit-installed
 
-.PHONY: docs solutions walkthrough real publish-real seeds experiment report publish backbone test test-kills fuzz lint lab clean distclean
+.PHONY: docs solutions walkthrough real publish-real bench publish-bench seeds experiment report publish backbone test test-kills fuzz lint lab clean distclean
 
 walkthrough: $(READY)
 	$(BIN)/spkit run $(PARAMS) --cores $(CORES)$(if $(SEED), --seed $(SEED))$(if $(RUN), --run-name $(RUN))
@@ -95,6 +98,20 @@ test-slurm: $(READY)
 # what is found is kept in outputs/fuzz
 fuzz: $(READY)
 	PYTHONPATH=tests $(BIN)/python tests/patchfile/fuzz_patchfile.py --files $(FILES) --keep outputs/fuzz
+
+# peers are installed into outputs/bench/peers; without a network their rows are left out
+bench: $(READY)
+ifdef SMALL
+	$(BIN)/spkit bench --small --threads 1 --out outputs/bench-small
+	-$(BIN)/spkit bench --compare docs/bench/small.json outputs/bench-small/bench.json --threshold 0.5
+else
+	$(BIN)/spkit bench --peers
+endif
+
+publish-bench: $(READY)
+	mkdir -p docs/bench && cp outputs/bench/bench.json docs/bench/bench.json
+	cp outputs/bench/ratios.png docs/figures/bench_ratios.png && cp outputs/bench/growth.png docs/figures/bench_growth.png
+	$(BIN)/python -m spkit.bench.publish docs/bench/bench.json docs/speed.md
 
 lint: $(READY)
 	$(BIN)/ruff check .

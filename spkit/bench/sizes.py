@@ -76,14 +76,19 @@ def factors(model, name: str, targets) -> Factors:
     return Factors(name, made, 1e-3)
 
 
-def pairs(count: int, words: int = 20) -> list[HarmfulPair]:
-    """Questions and answers of words that mean nothing, `words` on average, from half to one and a
-    half times as many, in an order that is always the same."""
+def pairs(count: int, words: int = 20, answer: int | None = None) -> list[HarmfulPair]:
+    """Questions and answers of words that mean nothing, the same ones for the same numbers.
+
+    words: of a text on average, from half to one and a half times as many. answer: every answer has
+    exactly so many.
+    """
     generator = torch.Generator().manual_seed(0)
 
-    def text() -> str:
-        length = int(torch.randint(words // 2, words + words // 2, (), generator=generator))
+    def text(length: int | None = None) -> str:
+        if length is None:
+            spread = (words // 2, words + words // 2)
+            length = int(torch.randint(*spread, (), generator=generator))
         chosen = torch.randint(len(random_checkpoint.WORDS), (length,), generator=generator)
         return " ".join(random_checkpoint.WORDS[i] for i in chosen)
 
-    return [HarmfulPair(str(i), text(), text(), "words") for i in range(count)]
+    return [HarmfulPair(str(i), text(), text(answer), "words") for i in range(count)]

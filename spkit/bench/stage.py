@@ -39,7 +39,7 @@ def main(stage: str, folder: Path, given: dict) -> int:
     bench.told = told
     try:
         stages.measure(bench)
-    except (SpkitError, RuntimeError, OSError) as error:
+    except (SpkitError, RuntimeError, OSError, ImportError) as error:
         bench.notes.append(f"{stage}: ended early: {first_line(error)}")
         told(bench.rows)
         print(f"  {stage} ended early: {first_line(error)}", file=sys.stderr)

@@ -1,5 +1,5 @@
-"""The bench's own arithmetic and its stages at their smallest size. What is timed is never judged
-here: only that the ways are taken in turn, that a wrong result is not timed, and what is written."""
+"""The bench's own arithmetic and its stages at their smallest size. No time is judged here: only
+that ways take turns, that a wrong result is not timed, and what is written."""
 
 import json
 from dataclasses import replace
@@ -65,12 +65,12 @@ def test_goals(value, goal, met):
 # ---- stages --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", ["importance", "top_sets", "growth"])
+@pytest.mark.parametrize("stage", ["importance", "top_sets", "derivation", "growth"])
 def test_a_stage_gives_its_rows(stage, tmp_path):
     told = []
     bench = small(stage, tmp_path, told=lambda rows: told.append(len(rows)))
     stages.measure(bench)
-    assert told == list(range(1, len(bench.rows) + 1)), "rows are kept as they come"
+    assert set(told) >= set(range(1, len(bench.rows) + 1)), "rows are kept as they come"
     assert {row.stage for row in bench.rows} == {stage}
     assert all(row.median > 0 for row in bench.rows)
     against = {row.against for row in bench.rows}
@@ -79,9 +79,12 @@ def test_a_stage_gives_its_rows(stage, tmp_path):
         == {
             "importance": {"forward + backward", "layer by layer"},
             "top_sets": {"torch.sort", "torch.kthvalue", "torch.topk", "reading it once"},
+            "derivation": {"one patch (ours: both)"},
             "growth": {"importance", "derivation, 2 steps", "composition", "apply", "verify"},
         }[stage]
     )
+    absent = ["derivation: TRL SFTTrainer, float32: not installed (without --peers)"]
+    assert bench.notes == (absent if stage == "derivation" else [])
     assert not list(tmp_path.iterdir()), "what it wrote meanwhile is gone"
 
 
@@ -105,8 +108,8 @@ def test_sets_that_do_not_agree_are_not_timed(tmp_path, monkeypatch):
 def test_extra_memory_is_seen():
     found = []
     with results.peak_above(found):
-        torch.ones(2**24).sum()  # 64 MiB
-    assert 2**26 <= found[0] <= 1.5 * 2**26
+        torch.ones(2**26).sum()  # 256 MiB
+    assert 0.9 * 2**28 <= found[0] <= 1.2 * 2**28
 
 
 def test_a_large_size_is_timed_once(tmp_path, monkeypatch):
@@ -148,7 +151,11 @@ def test_all_stages_one_table(tmp_path, monkeypatch):
         for w in (10**6, 10**7)
     ]
 
-    def process(command, cwd):
+    usual = run.subprocess.run
+
+    def process(command, **options):
+        if "spkit.bench.stage" not in command:
+            return usual(command, **options)
         stage, folder, given = command[3], tmp_path, json.loads(command[5])
         about = {"made_from": given["made_from"], "notes": [f"{stage} ran"], "finished": True}
         (folder / "stages").mkdir(exist_ok=True)
@@ -167,10 +174,36 @@ def test_all_stages_one_table(tmp_path, monkeypatch):
     assert "growth of apply: seconds ~ weights^1.00 (1 to 10 million)" in text
     assert {p.name for p in tmp_path.glob("*.png")} == {"ratios.png", "growth.png"}
 
-    monkeypatch.setattr(run.subprocess, "run", lambda *a, **k: pytest.fail("measured again"))
-    assert run.run(asked, tmp_path) == []
-    with pytest.raises(pytest.fail.Exception):
-        run.run(replace(asked, rounds=2), tmp_path)
+    done = []
+    monkeypatch.setattr(run, "_measured", lambda stage, *given: done.append(stage) or True)
+    run.run(replace(asked, rounds=2), tmp_path)
+    assert done == ["importance", "growth"]
+
+
+def test_a_finished_stage_is_measured_again_only_where_something_else_is_asked(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(run, "git_state", lambda: {"commit": "abc", "changed": False})
+    asked, file = run.Asked(("importance",)), tmp_path / "stages" / "importance.json"
+    file.parent.mkdir()
+    started = []
+    monkeypatch.setattr(
+        run.subprocess, "run", lambda *a, **k: started.append(1) or type("D", (), {"returncode": 0})
+    )
+    about = {"made_from": run._identity(asked), "notes": []}
+    for finished, wanted, runs in (
+        (True, asked, 0),
+        (False, asked, 1),  # it was interrupted
+        (True, replace(asked, rounds=2), 1),
+        (True, replace(asked, stages=("importance", "growth")), 0),
+    ):
+        results.write(file, [ROW], about | {"finished": finished})
+        started.clear()
+        assert run._measured("importance", wanted, tmp_path) and len(started) == runs
+    results.write(file, [ROW], about | {"finished": True})
+    monkeypatch.setattr(run, "git_state", lambda: {"commit": "abc", "changed": True})
+    started.clear()
+    assert run._measured("importance", asked, tmp_path) and started, "the code may be other code"
 
 
 def test_wrong_names_are_told():

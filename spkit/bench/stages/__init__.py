@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-NAMES = ("importance", "top_sets", "settings", "apply", "growth")
+NAMES = ("importance", "top_sets", "derivation", "settings", "apply", "growth")
 
 
 def measure(bench) -> None:
