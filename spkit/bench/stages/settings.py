@@ -1,8 +1,8 @@
 """A new setting in a search (`spkit tune`) against deriving and scoring again.
 
 The sandbox is the real search of params/sandbox.yaml, with all its dev prompts. The larger size has
-random weights and as many prompts as params/smollm2-135m.yaml asks at most; what is searched means
-nothing there, what it costs does.
+random weights, and as many prompts of as many tokens as the search of params/smollm2-135m.yaml; what
+is searched means nothing there, what it costs does.
 """
 
 import pandas as pd
@@ -26,7 +26,7 @@ from spkit.tuning.run import Tuning, made_of
 
 SETTING = {"retention_rate": 0.5, "top_rate_se": 0.3, "top_rate_osm": 0.5}
 SETTING |= {"alpha": 2.0, "beta": 1.0, "scale": "norm_matched"}
-PROMPTS, INSTRUCTIONS = 240, 24
+PROMPTS, INSTRUCTIONS, WORDS = 134, 85, 40
 
 
 def measure(bench: Bench) -> None:
@@ -83,8 +83,8 @@ def prompts() -> list[EvalPrompt]:
 
 
 def texts(count: int) -> list[str]:
-    """Questions of twenty words."""
-    return [pair.prompt for pair in pairs(count)]
+    """Questions of WORDS words on average."""
+    return [pair.prompt for pair in pairs(count, WORDS)]
 
 
 def _a_minute(bench: Bench, size: Size, trial, goal: str) -> None:
