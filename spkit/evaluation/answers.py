@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from spkit.config import Config
 from spkit.errors import SpkitError
+from spkit.evaluation.greedy import GREEDY, continued
 from spkit.evaluation.thoughts import as_answer, opened_thought
 from spkit.examples import EvalPrompt
 from spkit.models.chat import prompt_ids, special_ids, turn_end
@@ -30,19 +31,6 @@ from spkit.models.lengths import check_lengths, context_of
 from spkit.models.prompt_checks import check_rendered
 from spkit.system import store as files
 from spkit.system.out_of_memory import explained
-
-# Greedy decoding, spelt out: an argument overrules what a checkpoint brings in its
-# generation_config, and so no sampling, beam, penalty or ban of its own changes an answer.
-GREEDY = {
-    **{"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "early_stopping": False},
-    **dict.fromkeys(("temperature", "top_p", "top_k", "min_p", "typical_p"), None),
-    **{"repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "length_penalty": 1.0},
-    **{"no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "min_length": 0},
-    **dict.fromkeys(("min_new_tokens", "bad_words_ids", "sequence_bias", "guidance_scale"), None),
-    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "suppress_tokens"), None),
-    **dict.fromkeys(("begin_suppress_tokens", "exponential_decay_length_penalty"), None),
-    **dict.fromkeys(("penalty_alpha", "watermarking_config", "stop_strings", "max_time"), None),
-}
 
 GENERATED = "generated_tokens"  # in a frame's attrs
 
@@ -68,29 +56,6 @@ def end_tokens(model, tokenizer, *, chat: bool = True) -> list[int]:
     ends += [tokenizer.eos_token_id]
     ends += [token for token in turn_end(tokenizer) if token in special] if chat else []
     return [end for end in dict.fromkeys(ends) if end is not None]
-
-
-@torch.inference_mode()
-def continued(
-    model, rows: Sequence[Sequence[int]], *, pad: int, ends: Sequence[int], max_new_tokens: int
-) -> torch.Tensor:
-    """What the model adds to each row of token ids, greedily: [B, at most max_new_tokens].
-
-    Rows are padded on the left, where a decoder expects it; rows that end early are padded.
-    """
-    device = model.get_input_embeddings().weight.device
-    width = max(len(row) for row in rows)
-    padded = [[pad] * (width - len(row)) + list(row) for row in rows]
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-    output = model.generate(
-        input_ids=torch.tensor(padded, device=device),
-        attention_mask=torch.tensor(mask, device=device),
-        max_new_tokens=max_new_tokens,
-        pad_token_id=pad,
-        eos_token_id=list(ends) or None,
-        **GREEDY,
-    )
-    return output[:, width:]
 
 
 def generate(

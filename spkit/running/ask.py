@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from spkit.evaluation.answers import continued, end_tokens
+from spkit.evaluation.answers import end_tokens
+from spkit.evaluation.greedy import continued
 from spkit.models.chat import encode_prompt
 from spkit.models.loading import load
 from spkit.running.notebook import without_loading_bars

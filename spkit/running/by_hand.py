@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from spkit.evaluation.answers import continued, end_tokens
+from spkit.evaluation.answers import end_tokens
+from spkit.evaluation.greedy import continued
 from spkit.examples import EvalPrompt, in_order
 from spkit.method.balancing import parts
 from spkit.method.safepatching import SafePatching

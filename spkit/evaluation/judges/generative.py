@@ -10,7 +10,8 @@ from tqdm.auto import tqdm
 
 from spkit.config import JudgesConfig
 from spkit.errors import SpkitError
-from spkit.evaluation.answers import continued, end_tokens
+from spkit.evaluation.answers import end_tokens
+from spkit.evaluation.greedy import continued
 from spkit.evaluation.judges.formats import FORMATS
 from spkit.evaluation.judges.judge import check_objectives, degenerate, verdict_on_harm
 from spkit.evaluation.judges.keywords import KeywordJudge
