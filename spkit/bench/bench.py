@@ -65,8 +65,8 @@ class Bench:
     """One stage's run.
 
     stage: its name. rounds: counted ones. sizes: only these, of those that a stage offers; None:
-    all. threads: of torch. folder: for what it writes meanwhile. told: called after each row with
-    all rows so far.
+    all. threads: of torch. backbone: a params file, whose model is asked, too. folder: for what it
+    writes meanwhile. told: called after each row with all rows so far.
     """
 
     stage: str
@@ -75,6 +75,7 @@ class Bench:
     sizes: tuple[str, ...] | None = None
     device: str = "cpu"
     threads: int = 1
+    backbone: str | None = None
     peers: Peers = field(default_factory=Peers)
     told: Callable[[list[Row]], object] = lambda rows: None
     rows: list[Row] = field(default_factory=list)

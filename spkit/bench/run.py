@@ -30,7 +30,8 @@ SMALL = {"rounds": 5, "sizes": ("1 M",)}
 
 @dataclass(frozen=True)
 class Asked:
-    """What is measured. sizes: None for each stage's own. peers: whether they may be installed."""
+    """What is measured. sizes: None for each stage's own. peers: whether they may be installed.
+    backbone: a params file whose model the evaluation asks, too."""
 
     stages: tuple[str, ...] = NAMES
     rounds: int = 5
@@ -38,6 +39,7 @@ class Asked:
     threads: int | None = None
     device: str = "cpu"
     peers: bool = False
+    backbone: str | None = None
 
 
 def run(asked: Asked, folder: Path) -> list[str]:

@@ -56,14 +56,14 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Sandbox:
-    """The backbone that the kit ships, in place of a size."""
+class Named:
+    """A model of its own, in place of a size."""
 
-    name: str = "sandbox"
-    weights: int = 1_887_168
+    name: str
+    weights: int
 
 
-SANDBOX = Sandbox()
+SANDBOX = Named("sandbox", 1_887_168)
 
 
 def factors(model, name: str, targets) -> Factors:

@@ -30,7 +30,8 @@ def main(stage: str, folder: Path, given: dict) -> int:
     work.mkdir(parents=True)
     file.parent.mkdir(exist_ok=True)
     peers = Peers(folder / "peers" if asked.peers else None)
-    bench = results.Bench(stage, work, asked.rounds, asked.sizes, asked.device, threads, peers)
+    how = (asked.rounds, asked.sizes, asked.device, threads, asked.backbone)
+    bench = results.Bench(stage, work, *how, peers)
 
     def told(rows, finished: bool = False) -> None:
         about = {"made_from": given["made_from"], "notes": bench.notes, "finished": finished}

@@ -22,6 +22,9 @@ def bench(
     threads: Annotated[int | None, typer.Option(min=1, help="default: all cores")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     peers: Annotated[bool, typer.Option(help="install peers (network), and time them")] = False,
+    backbone: Annotated[
+        str | None, typer.Option(help="params file; its model's answers are timed, too")
+    ] = None,
     small: Annotated[bool, typer.Option(help="the smallest size only")] = False,
     out: Annotated[Path | None, typer.Option(help="default: outputs/bench")] = None,
     compare: Annotated[
@@ -42,6 +45,6 @@ def bench(
     from spkit.paths import repository_root
 
     sizes = run.SMALL["sizes"] if small else tuple(size) if size else None
-    asked = run.Asked(run.only(stages), rounds, sizes, threads, device, peers)
+    asked = run.Asked(run.only(stages), rounds, sizes, threads, device, peers, backbone)
     if run.run(asked, (out or repository_root() / "outputs" / "bench").resolve()):
         raise typer.Exit(FAILED)

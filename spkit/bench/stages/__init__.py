@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-NAMES = ("importance", "top_sets", "derivation", "settings", "apply", "growth")
+NAMES = ("importance", "top_sets", "derivation", "evaluation", "settings", "apply", "growth")
 
 
 def measure(bench) -> None:

@@ -1,8 +1,8 @@
 """A new setting in a search (`spkit tune`) against deriving and scoring again.
 
 The sandbox is the real search of params/sandbox.yaml, with all its dev prompts. The larger size has
-random weights, and as many prompts of as many tokens as the search of params/smollm2-135m.yaml; what
-is searched means nothing there, what it costs does.
+random weights, and as many prompts of as many tokens as the search of params/smollm2-135m.yaml:
+what is searched means nothing there, what it costs does.
 """
 
 import pandas as pd
