@@ -41,7 +41,7 @@ import pandas as pd
 from tabulate import tabulate
 
 from spkit.bench import random_checkpoint
-from spkit.bench.stages.apply import commands, make, run, warm
+from spkit.bench.stages.apply import MERGE, commands, make, run, warm
 from spkit.patchfile.verify import verify
 from spkit.system.machine import hardware, versions
 
@@ -56,15 +56,6 @@ MERGEKIT = {
     "mergekit, low memory": SMALL,
     "mergekit, threads": [*SMALL, "-j", str(os.cpu_count()), "--async-write"],
 }
-MERGE = """merge_method: task_arithmetic
-base_model: {base}
-models:
-  - model: {other}
-    parameters: {{weight: 1.0}}
-dtype: bfloat16
-"""
-
-
 # ---- what is measured ----------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from spkit.errors import SpkitError
 
 TRL = "trl==1.16.0"
+MERGEKIT = "mergekit==0.1.5"
 
 
 @dataclass(frozen=True)
@@ -22,13 +23,18 @@ class Peers:
 
     folder: Path | None = None
 
-    def module(self, requirement: str, name: str):
-        """The imported module `name` of a requirement "trl==1.16.0"; SpkitError with the reason."""
+    def place(self, requirement: str) -> Path:
+        """The folder of an installed requirement "trl==1.16.0"; SpkitError with the reason."""
         if self.folder is None:
             raise SpkitError("not installed (without --peers)")
         target = self.folder / requirement
         if not target.is_dir():
             install(requirement, target)
+        return target
+
+    def module(self, requirement: str, name: str):
+        """The imported module `name` of a requirement; SpkitError with the reason."""
+        target = self.place(requirement)
         sys.path.append(str(target))  # behind ours: only what we do not have comes from there
         try:
             return importlib.import_module(name)
