@@ -56,6 +56,8 @@ MERGEKIT = {
     "mergekit, low memory": SMALL,
     "mergekit, threads": [*SMALL, "-j", str(os.cpu_count()), "--async-write"],
 }
+
+
 # ---- what is measured ----------------------------------------------------------------------------
 
 
