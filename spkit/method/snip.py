@@ -109,7 +109,7 @@ def _score(
             if not sums.mine(len(batch["input_ids"])):
                 continue  # another process computes it
             rows[:] = [row.nonzero().squeeze(1) for row in batch["attention_mask"].to(device)]
-            logits = answer_logits(model, batch, but_for=layers.values())
+            logits = answer_logits(model, batch, watched=layers.values())
             losses = mean_per_sample(*answer_loss(logits, batch["labels"]))
             if not bool(torch.isfinite(losses).all()):
                 row = sums.samples - len(rows) + int((~torch.isfinite(losses)).nonzero()[0])

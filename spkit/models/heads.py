@@ -8,37 +8,47 @@ several processes; what a model does to its logits afterwards (Gemma's soft cap)
 
 from collections.abc import Collection, Mapping
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spkit.models.chat import counted
+from spkit.models.prefix import shared_past
 
 SMALL = 4096  # words: a smaller head costs next to nothing and stays whole, like the sandbox's
 
 
 def answer_logits(
-    model: nn.Module, batch: Mapping[str, Tensor], but_for: Collection[nn.Module] = ()
+    model: nn.Module, batch: Mapping[str, Tensor], watched: Collection[nn.Module] = ()
 ) -> Tensor:
     """The logits that `chat.answer_loss` needs of a batch: [1, N, V] of the N tokens that count.
 
-    batch: as chat.collate makes it, on any device. but_for: modules that a caller has hooks on; a
-    head among them is computed whole. Where it is, and where a model has no head that is called,
-    the logits are those of all positions, [B, T, V], which answer_loss takes as well.
+    batch: as chat.collate makes it, on any device. What all rows begin with may be computed once
+    (prefix.py). watched: modules that a caller's hooks are on; where there are any, each row is
+    computed whole, and a head among them at all positions. Then, and where a model has no head that
+    is called, the logits are those of all positions, [B, T, V], which answer_loss takes as well.
     """
     device = model.get_input_embeddings().weight.device
     inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    whole = head is None or any(head is module for module in but_for)
+    whole = head is None or any(head is module for module in watched)
     if whole or model.config.get_text_config().vocab_size < SMALL:
         return model(**inputs, use_cache=False).logits
+    cache = None if watched else shared_past(model, batch)
+    start = 0
+    if cache is not None:
+        start = cache.get_seq_length()
+        inputs |= {"input_ids": inputs["input_ids"][:, start:], "past_key_values": cache}
+    labels = batch["labels"][:, start:]
 
     def keep(module, args):
-        hidden, labels = args[0], batch["labels"]
+        hidden = args[0]
         if hidden.shape[:2] != labels.shape:
             return None
         return (hidden[:, :-1][counted(labels).to(hidden.device)][None], *args[1:])
 
     handle = head.register_forward_pre_hook(keep)
     try:
-        return model(**inputs, use_cache=False).logits
+        logits = model(**inputs, use_cache=start > 0).logits
     finally:
         handle.remove()
+    return F.pad(logits, (0, 0, start, 0)) if logits.shape[:2] == labels.shape else logits
