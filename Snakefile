@@ -108,5 +108,5 @@ for stage in STAGES:
             messages=LOG / f"{stage}.txt",
         threads: CONFIG.threads or workflow.cores
         shell:
-            "rm -f {log.notebook:q}; {PYTHON} -m papermill {input.notebook:q} {log.notebook:q}"
-            " -k python3 -f {GIVEN:q} --no-progress-bar > {log.messages:q} 2>&1"
+            "rm -f {log.notebook:q}; {PYTHON} -m spkit.running.execute {input.notebook:q}"
+            " {log.notebook:q} -k python3 -f {GIVEN:q} --no-progress-bar > {log.messages:q} 2>&1"

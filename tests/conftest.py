@@ -1,10 +1,15 @@
 """Checkpoint folders that many tests share, written once per test run."""
 
+import gc
 import signal
 
-import pytest
-import tiny
-import torch
+# Importing the tests and what they need makes a million objects that stay: looking through them for
+# garbage over and over is a fifth of that time. Until pytest_collection_finish.
+gc.disable()
+
+import pytest  # noqa: E402
+import tiny  # noqa: E402
+import torch  # noqa: E402
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # a shell starts what it puts in the background so, and every child would ignore it, too
@@ -36,6 +41,13 @@ LONGEST = (
 def pytest_configure(config):
     """The mark of what needs a GPU (on_devices.py); benchmarks/gpu.sh runs these alone."""
     config.addinivalue_line("markers", "cuda: skipped where torch sees no GPU")
+
+
+def pytest_collection_finish():
+    """From here on garbage is collected as usual, but what the imports made is not looked at."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items):

@@ -24,6 +24,7 @@ from spkit.running.aligned import after_alignment
 from spkit.running.dotted import show_errors_as_sentences
 from spkit.running.effects import left_out, remarks
 from spkit.running.runs import STAGES, Run, run_folder
+from spkit.system.collector import paused
 from spkit.system.determinism import make_deterministic
 from spkit.validation import Section, nearest, refuse_tokens
 
@@ -51,9 +52,10 @@ def start(stage: str, namespace: Mapping[str, Any]) -> tuple[Config, Run]:
         print(said)
     for said in left_out(config, namespace):
         print(said)
-    checks.require(config, stage)  # before any work, and before the folder is opened
-    make_deterministic(config.seed, config.threads)
-    without_loading_bars()
+    with paused():  # these import what the notebook needs
+        checks.require(config, stage)  # before any work, and before the folder is opened
+        make_deterministic(config.seed, config.threads)
+        without_loading_bars()
     run = Run(config, stage)
     print(f"{stage}: seed {config.seed}, results in {run.folder}")
     return after_alignment(config, make=stage == FIRST), run

@@ -35,6 +35,7 @@ from spkit.running.runs import (
     stage_folder,
     stamp,
 )
+from spkit.system.collector import paused
 from spkit.system.files import atomic, make_folder
 from spkit.system.lock import locked
 from spkit.validation import read_value
@@ -105,7 +106,8 @@ def _run_once(config: Config, params: Path, cores: int, overwrite: bool, last: s
     _require_owner(config, params, planned, overwrite)
     require_free(config, planned.todo)
     if planned.todo:
-        checks.require(config)
+        with paused():
+            checks.require(config)
         align(config)
     together = max(1, cores // (config.threads or cores))
     print(planned.opening(os.path.relpath(params), together), flush=True)

@@ -33,7 +33,7 @@ PLUMBING = frozenset(
         *("models.counted", "data.inputs", "evaluation.stored"),
         *("running.runs", "running.seeds", "running.shape", "running.summary"),
         *("running.sizes", "running.widths", "running.forecast"),
-        *("system.files", "system.fingerprint", "system.lock"),
+        *("system.collector", "system.files", "system.fingerprint", "system.lock"),
         *("system.machine", "system.made_from", "system.out_of_memory"),
         *("system.hub", "system.progress", "system.record", "system.store"),
         *("distributed.launch", "system.accelerate_file"),

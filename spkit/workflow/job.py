@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from spkit.errors import SpkitError
+from spkit.system.collector import paused
 from spkit.system.files import atomic, once
 from spkit.workflow.plan import unit_of
 from spkit.workflow.units import DONE, Unit, is_done
@@ -35,7 +36,8 @@ def main(file: str, name: str, attempt: str = "1") -> int:
         return 1
     note.unlink(missing_ok=True)
     try:
-        unit, places = unit_of(file, name)
+        with paused():
+            unit, places = unit_of(file, name)
         do(unit, places)
     except Exception as error:
         reason = str(error) or type(error).__name__
