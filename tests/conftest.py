@@ -2,7 +2,6 @@
 
 import gc
 import signal
-import sys
 
 # Importing the tests and what they need makes a million objects that stay: looking through them for
 # garbage over and over is half of that time. Until pytest_collection_finish.

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from spkit.config import Config, load_params
 from spkit.errors import SpkitError, first_line
+from spkit.system.collector import paused
 
 FAILED = "failed.json"  # of the first process that failed
 
@@ -44,10 +45,11 @@ def main() -> int:
 
 def _run(asked) -> None:
     config = _config(asked.params)
-    from spkit.distributed import work  # torch, only now
-    from spkit.system import processes, progress
+    with paused():
+        from spkit.distributed import work  # torch, only now
+        from spkit.system import processes, progress
 
-    _without_loading_bars()
+        _without_loading_bars()
     job = work.Work.begin(config, asked.backbone or _source(config), asked.folder)
     if asked.told and processes.here().first:
         progress.shown_by(_bar())

@@ -10,7 +10,7 @@ from typing import TypeVar
 import pandas as pd
 
 from spkit.config import PatchingConfig
-from spkit.method.safepatching import NAME as SAFEPATCHING
+from spkit.method import NAME as SAFEPATCHING
 
 BALANCED = f"{SAFEPATCHING}, balanced"
 # where a run also has the method "balanced" of the continual study, with a setting of its own

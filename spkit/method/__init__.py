@@ -16,3 +16,5 @@ Outside: the loss (models/chat.py), adding up (models/deltas.py, models/patched.
 all of it in one call (api.py). [paper] marks what the paper prescribes; the rest is our choice.
 docs/method.md states each equation and names the function that runs it.
 """
+
+NAME = "SafePatching"  # as results and figures call it

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from spkit.config import PatchingConfig
 from spkit.errors import SpkitError
+from spkit.method import NAME as NAME  # for those who need the rest, too
 from spkit.method.patch import Factors, MergedPatch
 from spkit.method.patching import (
     kept_set,
@@ -32,7 +33,6 @@ from spkit.method.patching import (
 )
 from spkit.method.sets import BitSets, Lazy
 
-NAME = "SafePatching"
 Sets = Mapping[str, Tensor]  # {tensor name: bool [out, in]}
 
 

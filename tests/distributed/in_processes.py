@@ -10,12 +10,15 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from spkit.comparison.methods.npo import derive_npo
-from spkit.config import Config
-from spkit.distributed.work import Work, derive_patches, score
-from spkit.method.patch import Factors
-from spkit.method.training import Loop
-from spkit.system import processes
+from spkit.system.collector import paused
+
+with paused():
+    from spkit.comparison.methods.npo import derive_npo
+    from spkit.config import Config
+    from spkit.distributed.work import Work, derive_patches, score
+    from spkit.method.patch import Factors
+    from spkit.method.training import Loop
+    from spkit.system import processes
 
 
 class Cut(Exception):
