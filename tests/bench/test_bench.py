@@ -9,10 +9,10 @@ import torch
 from typer.testing import CliRunner
 
 from spkit.bench import bench as results
-from spkit.bench import compare, figures, run, stages, tables, timing
+from spkit.bench import compare, figures, publish, run, stages, tables, timing
 from spkit.bench.bench import GROWTH, LIMIT, PEER, Bench, Row
 from spkit.bench.peers import Peers
-from spkit.bench.stages import growth, importance, top_sets
+from spkit.bench.stages import evaluation, growth, importance, top_sets
 from spkit.cli import app
 from spkit.errors import SpkitError
 
@@ -118,6 +118,19 @@ def test_a_large_size_is_timed_once(tmp_path, monkeypatch):
     runs = []
     growth._time(bench, next(bench.of("1 M")), "x", lambda: runs.append(1))
     assert len(runs) == 2 and bench.rows[0].n == 1
+
+
+def test_answers_are_compared_with_those_of_one_prompt_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "PROMPTS", 4)
+    bench = Bench("evaluation", tmp_path, rounds=1, sizes=("sandbox",))
+    stages.measure(bench)
+    share, alone, plain = bench.rows
+    assert (share.median, share.met) == (1.0, True)
+    assert (alone.against, plain.against) == ("one by one", "generate, batches of 64")
+
+    monkeypatch.setattr(evaluation.Asked, "ours", lambda self: ["sorry"] * len(self.prompts))
+    with pytest.raises(SpkitError, match="most texts do not agree"):
+        stages.measure(Bench("evaluation", tmp_path, rounds=1, sizes=("sandbox",)))
 
 
 # ---- peers ---------------------------------------------------------------------------------------
@@ -229,6 +242,17 @@ def test_exponents_of_what_grows_as_fast_and_twice_as_fast():
 def test_the_table_is_for_people():
     assert tables.figure(ROW) == "1 [0.9, 1.1]"
     assert tables.number(12345.6) == "12,346"
+
+
+def test_the_page_shows_the_figures_of_a_file(tmp_path):
+    about = {"made_from": run._identity(run.Asked()), "notes": ["a note"]}
+    results.write(tmp_path / "bench.json", [ROW], about)
+    page = tmp_path / "speed.md"
+    page.write_text("before\n<!-- bench: table -->\nold\n<!-- end -->\nafter\n")
+    publish.publish(tmp_path / "bench.json", [page])
+    text = page.read_text()
+    assert "| importance | 1 M" in text and "* a note" in text and "old" not in text
+    assert text.startswith("before\n") and text.endswith("<!-- end -->\nafter\n")
 
 
 # ---- compare -------------------------------------------------------------------------------------

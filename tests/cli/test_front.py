@@ -15,7 +15,7 @@ from spkit.cli.patch_files import SANDBOX
 
 ROOT = Path(__file__).parents[2]
 GROUPS = {
-    RUN: "run check seeds experiment memory ask study sweep tune patch".split(),
+    RUN: "run check seeds experiment memory ask study sweep tune patch bench".split(),
     PATCH_FILES: "make inspect apply verify revert stack lora card".split(),
 }
 COMMANDS = [name for names in GROUPS.values() for name in names]
