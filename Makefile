@@ -102,7 +102,7 @@ fuzz: $(READY)
 # peers are installed into outputs/bench/peers; without a network their rows are left out
 bench: $(READY)
 ifdef SMALL
-	$(BIN)/spkit bench --small --threads 1 --out outputs/bench-small
+	$(BIN)/spkit bench importance top_sets evaluation apply growth --small --threads 1 --out outputs/bench-small
 	-$(BIN)/spkit bench --compare docs/bench/small.json outputs/bench-small/bench.json --threshold 0.5
 else
 	$(BIN)/spkit bench --peers
