@@ -182,18 +182,18 @@ def test_snip_is_the_same_and_a_scored_head_is_computed_whole(monkeypatch):
 
 @pytest.mark.parametrize("direction", ["ascent", "descent"])
 def test_a_derivation_computes_the_answers_alone(direction, monkeypatch):
-    """Its patch is that of whole logits, and the head has only seen what counts."""
-    rows = zip(*(batch()[key].tolist() for key in ("input_ids", "labels")), strict=True)
-    data = TrainingSet([(ids, labels) for ids, labels in rows], 0, "any")
+    """Its patch is that of whole rows, and the head has only seen what counts."""
+    pairs = zip(*(batch(SHARED)[key].tolist() for key in ("input_ids", "labels")), strict=True)
+    data = TrainingSet(list(pairs), 0, "any")
     steps = {"max_steps": 2, "batch_size": 3, "warmup_steps": 0, "learning_rate": 1e-3}
     ascent = {**steps, "token_loss_clamp": 60.0, "stop_mean_loss": 50.0}
     lora = {"r": 4, "targets": "auto"}
     sections = {"lora": lora, "ascent": ascent, "descent": steps}
     config = Config.from_sources({"derivation": sections}).derivation
     model = families.model("llama", VOCABULARY)
-    with Watched(model) as shapes:
+    with Rows(model) as rows, Watched(model) as shapes:
         patch, curve = derive(model, data, direction, config, seed=0)
-    assert set(shapes) == {(1, 10)}
+    assert set(shapes) == {(1, 10)} and set(rows) == {(1, SHARED), (3, 11)}
     monkeypatch.setattr(heads, "SMALL", VOCABULARY + 1)
     whole, same = derive(model, data, direction, config, seed=0)
     assert list(curve["loss"]) == pytest.approx(list(same["loss"]), rel=1e-4)
