@@ -2,15 +2,18 @@
 
 transformers' own `generate` decodes. What all rows begin with, such as the system block of a chat
 format, is read once, and its keys and values are copied for every row. Rows that have ended are
-taken out. Both need a cache of all positions: a model with a sliding window, or with rotary
-positions that depend on the length, decodes the whole batch from its first token to its last.
+taken out. Both need a cache of all positions: a batch that is longer than a sliding window, or a
+model whose rotary positions depend on the length, is decoded whole, from its first token on.
 """
 
 from collections.abc import Callable, Sequence
+from math import inf
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from spkit.models.onednn import fast_linear
 
 # Greedy decoding, spelt out: an argument overrules what a checkpoint brings in its
 # generation_config, and so no sampling, beam, penalty or ban of its own changes an answer.
@@ -36,20 +39,19 @@ def continued(
 
     Rows are padded on the left of what they do not share; rows that end early are padded.
     """
-    device, plain = model.get_input_embeddings().weight.device, _plain_cache(model)
+    device = model.get_input_embeddings().weight.device
+    plain = _plain_cache(model, max(len(row) for row in rows) + max_new_tokens)
     shared = _shared(rows) if plain else 0
     ids, mask = (x.to(device) for x in _padded(rows, shared, pad))
-    options = {"pad_token_id": pad, "eos_token_id": list(ends) or None, **GREEDY}
-    options["return_dict_in_generate"] = True
+    options = {"pad_token_id": pad, "eos_token_id": list(ends) or None}
     cache = _read(model, ids[:1, :shared], len(rows), options) if shared else None
     said = torch.full((len(rows), max_new_tokens), pad, device=device)
     going, done = torch.arange(len(rows), device=device), 0
     ends = torch.tensor(list(ends), dtype=torch.long, device=device)
     while len(going) and done < max_new_tokens:
         stop = _some_ended(ends, *ids.shape) if plain else None
-        left = {"max_new_tokens": max_new_tokens - done, "past_key_values": cache}
-        batch = {"input_ids": ids, "attention_mask": mask, "stopping_criteria": stop}
-        found = model.generate(**batch, **left, **options)
+        options |= {"past_key_values": cache, "stopping_criteria": stop}
+        found = _generated(model, ids, mask, max_new_tokens - done, options)
         new, cache = found.sequences[:, ids.shape[1] :], found.past_key_values
         said[going, done : done + new.shape[1]] = new
         done += new.shape[1]
@@ -61,15 +63,23 @@ def continued(
     return said[:, :done]
 
 
-def _plain_cache(model) -> bool:
-    """Whether keys and values of all positions are kept, and depend on nothing that comes later."""
+def _plain_cache(model, positions: int) -> bool:
+    """Whether keys and values of so many positions are all kept, and depend on no later one."""
     config = model.config.get_text_config(decoder=True)
     rope = getattr(config, "rope_parameters", None) or {}
-    by_length = rope.get("rope_type") in ("dynamic", "longrope")
-    layers = DynamicCache(config=config).layers
+    kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
     asked = model.generation_config
     own = asked.cache_implementation in (None, "dynamic") and asked.use_cache is not False
-    return own and not by_length and all(type(layer) is DynamicLayer for layer in layers)
+    layers = DynamicCache(config=config).layers if own else []
+    sizes = [_size(layer) for layer in layers]
+    return own and not kinds & {"dynamic", "longrope"} and positions < min(sizes, default=inf)
+
+
+def _size(layer) -> float:
+    """How many positions a layer of a cache keeps and sees; 0 for one of another kind."""
+    if type(layer) is DynamicSlidingWindowLayer:
+        return layer.sliding_window
+    return inf if type(layer) is DynamicLayer else 0
 
 
 def _shared(rows: Sequence[Sequence[int]]) -> int:
@@ -94,10 +104,16 @@ def _padded(rows: Sequence[Sequence[int]], shared: int, pad: int) -> tuple[Tenso
 
 def _read(model, ids: Tensor, rows: int, options: dict) -> DynamicCache:
     """Keys and values of `ids` [1, T], copied for so many rows."""
-    mask = torch.ones_like(ids)
-    found = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=1, **options)
-    found.past_key_values.batch_repeat_interleave(rows)
-    return found.past_key_values
+    cache = _generated(model, ids, torch.ones_like(ids), 1, options).past_key_values
+    cache.batch_repeat_interleave(rows)
+    return cache
+
+
+def _generated(model, ids: Tensor, mask: Tensor, most: int, options: dict):
+    """What `generate` gives: sequences [B, T + at most `most`], past_key_values."""
+    given = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": most, **options}
+    with fast_linear(model):
+        return model.generate(**given, **GREEDY, return_dict_in_generate=True)
 
 
 def _some_ended(ends: Tensor, rows: int, start: int) -> list[Callable]:

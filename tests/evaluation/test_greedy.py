@@ -11,8 +11,7 @@ PAD, END, STEPS = 0, 2, 9
 BEGINNING = [1, 7, 30, 9, 11, 12, 40, 8, 21, 6]
 RESTS = [[5, 9], [33], [8, 50, 21, 22, 60, 3], [17], [44, 45, 46, 4], [9, 10], [20, 20, 20, 61, 19]]
 ROWS = [BEGINNING + rest for rest in RESTS]
-# of these the cache is not one of all positions, or positions depend on the length
-WHOLE = {"mistral", "gemma2", "gemma3_text", "gemma3"}
+WINDOWS = {"mistral", "gemma2", "gemma3_text", "gemma3"}  # 16 positions, which ROWS exceed
 
 
 def alone(model, row, ends, steps=STEPS):
@@ -66,12 +65,25 @@ def often(model, rows):
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_every_family_answers_as_one_by_one(family):
     model = families.model(family)
-    assert greedy._plain_cache(model) == (family not in WHOLE)
+    assert greedy._plain_cache(model, 25) == (family not in WINDOWS)
     for ends in ([], [often(model, ROWS), END]):
         expected = [alone(model, row, ends) for row in ROWS]
         assert len({tuple(ids) for ids in expected}) > 2
         assert together(model, ROWS, ends) == expected
         assert together(model, ROWS[::-1], ends) == expected[::-1]
+
+
+@pytest.mark.parametrize("family", sorted(WINDOWS))
+def test_a_window_that_holds_all_is_none(family):
+    model = families.model(family)
+    model.config.get_text_config().sliding_window = 96
+    ends = [often(model, ROWS), END]
+    expected = [alone(model, row, ends) for row in ROWS]
+    with Passes(model) as shapes:
+        assert together(model, ROWS, ends) == expected
+    assert shapes[0] == (1, len(BEGINNING)) and len({rows for rows, _ in shapes[1:]}) > 1
+    model.config.get_text_config().sliding_window = longest = max(map(len, ROWS)) + STEPS
+    assert not greedy._plain_cache(model, longest) and greedy._plain_cache(model, longest - 1)
 
 
 def test_what_all_share_is_read_once(llama):
@@ -142,7 +154,7 @@ def test_a_batch_ends_with_its_last_row(llama):
 def test_positions_that_depend_on_the_length_are_never_shared(llama, kind):
     model = families.model("llama")
     model.config.rope_parameters = {**model.config.rope_parameters, "rope_type": kind}
-    assert greedy._plain_cache(model) == (kind == "default")
+    assert greedy._plain_cache(model, 25) == (kind == "default")
 
 
 @pytest.mark.parametrize("own", [{"cache_implementation": "static"}, {"use_cache": False}])
