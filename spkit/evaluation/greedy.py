@@ -11,7 +11,6 @@ from math import inf
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from spkit.models.onednn import fast_linear
 
@@ -57,7 +56,7 @@ def continued(
         done += new.shape[1]
         (kept,) = torch.where(~torch.isin(new, ends).any(dim=1))
         if len(kept) and done < max_new_tokens:
-            cache.batch_select_indices(kept)
+            cache.batch_select_indices(kept.cpu())  # its layers may be on several GPUs
         ids, going = found.sequences[kept], going[kept]
         mask = torch.cat([mask, torch.ones_like(new)], dim=1)[kept]
     return said[:, :done]
@@ -65,18 +64,21 @@ def continued(
 
 def _plain_cache(model, positions: int) -> bool:
     """Whether keys and values of so many positions are all kept, and depend on no later one."""
+    from transformers.cache_utils import DynamicCache
+
     config = model.config.get_text_config(decoder=True)
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
     asked = model.generation_config
     own = asked.cache_implementation in (None, "dynamic") and asked.use_cache is not False
-    layers = DynamicCache(config=config).layers if own else []
-    sizes = [_size(layer) for layer in layers]
+    sizes = map(_size, DynamicCache(config=config).layers)
     return own and not kinds & {"dynamic", "longrope"} and positions < min(sizes, default=inf)
 
 
 def _size(layer) -> float:
     """How many positions a layer of a cache keeps and sees; 0 for one of another kind."""
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
     if type(layer) is DynamicSlidingWindowLayer:
         return layer.sliding_window
     return inf if type(layer) is DynamicLayer else 0
@@ -102,7 +104,7 @@ def _padded(rows: Sequence[Sequence[int]], shared: int, pad: int) -> tuple[Tenso
     return torch.tensor(ids), torch.tensor(mask)
 
 
-def _read(model, ids: Tensor, rows: int, options: dict) -> DynamicCache:
+def _read(model, ids: Tensor, rows: int, options: dict):
     """Keys and values of `ids` [1, T], copied for so many rows."""
     cache = _generated(model, ids, torch.ones_like(ids), 1, options).past_key_values
     cache.batch_repeat_interleave(rows)
