@@ -2,9 +2,12 @@
 
     python benchmarks/memory_budget.py --hidden 1024 --layers 12 --intermediate 2816 --heads 16
     python benchmarks/memory_budget.py --shape llama2-7b --device cuda --cap-gib 16
+    python benchmarks/memory_budget.py --params params/smollm2-135m.yaml --spread --hidden 512
 
 Nothing is downloaded. Each stage runs in a process of its own, with as few steps, samples, prompts
-and new tokens as show its peak, and all texts as long as `data.max_tokens` allows. The sets of
+and new tokens as show its peak, and all texts as long as `data.max_tokens` allows. With --spread
+pairs, prompts and texts are files in which lengths differ as they do in real ones (log-normal), the
+prediction reads them, as that of a run does. The sets of
 weights are drawn as disjoint as the top rates allow, which is the most that a patch can keep.
 
 Measured on the host: RssAnon + RssShmem of /proc/self/status, every 10 ms, minus the value after
@@ -17,7 +20,9 @@ import argparse
 import contextlib
 import gc
 import json
+import math
 import os
+import random
 import shlex
 import subprocess
 import sys
@@ -32,8 +37,9 @@ import torch
 from spkit.bench import random_checkpoint
 from spkit.comparison.ablations import ablated
 from spkit.config import Config
+from spkit.data.selection import load_eval_prompts, load_harmful_pairs
 from spkit.evaluation.answers import respond
-from spkit.evaluation.utility.likelihood import MAX_TOKENS, perplexity
+from spkit.evaluation.utility.likelihood import MAX_TOKENS, perplexity, perplexity_texts
 from spkit.examples import EvalPrompt, HarmfulPair
 from spkit.method import importance
 from spkit.method.balancing import balanced, first_token_losses
@@ -49,6 +55,7 @@ from spkit.models.patched import patched
 from spkit.models.weights import target_weights
 from spkit.patchfile.apply import apply
 from spkit.patchfile.make import About, make_patch
+from spkit.running.batches import read
 from spkit.running.memory import predict
 from spkit.running.patch_of_run import load_safepatching
 from spkit.running.shape import shape_of
@@ -75,6 +82,18 @@ LIKE_7B = {
     "evaluation.quantization": "nf4",
     "evaluation.batch_size": 8,
     "evaluation.max_new_tokens": 256,
+}
+# whatever --params say: the texts are random words, and nothing is aligned
+ONLY_FILES = {
+    "backbone.sha256": None,
+    "data.responses": None,
+    "data.as_questions": 0.0,
+    "data.shares": None,
+    "data.dev_share": 0.1,
+    "data.wrappers": "none",
+    "align.harmful": None,
+    "utility.kl": None,
+    "utility.tasks": [],
 }
 # glibc keeps what was freed in blocks below 32 MiB; so told, it gives back what is above 64 KiB
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_TRIM_THRESHOLD_": str(2**16)}
@@ -111,7 +130,9 @@ def prompt_text(tokenizer, tokens: int, number: int) -> str:
 
 
 def pairs_for(config: Config, tokenizer) -> list[HarmfulPair]:
-    """Pairs of `data.max_tokens` tokens, half prompt and half answer."""
+    """Pairs of `data.max_tokens` tokens, half prompt and half answer; or those of the file."""
+    if config.data.harmful != "sandbox":
+        return load_harmful_pairs(config.data, seed=config.seed)
     half = config.data.max_tokens // 2
     return [
         HarmfulPair(str(i), prompt_text(tokenizer, half, i), "w1 " * config.data.max_tokens, "any")
@@ -156,9 +177,7 @@ def stage_importance(config: Config, folder: Path) -> None:
 def stage_patching(config: Config, folder: Path) -> None:
     method = load_safepatching(folder, folder, config)
     if config.patching.balance is not None:
-        model, tokenizer = load(
-            folder / "model", quantization=config.evaluation.quantization, **config.backbone.loading
-        )
+        model, tokenizer = load(folder / "model", **config.answering)
         losses = first_token_losses(model, tokenizer, calibration(config, tokenizer))
         method = balanced(method, losses)
         del model, losses
@@ -169,15 +188,8 @@ def stage_patching(config: Config, folder: Path) -> None:
 
 def stage_evaluation(config: Config, folder: Path) -> None:
     method = load_safepatching(folder, folder, config)
-    model, tokenizer = load(
-        folder / "model", quantization=config.evaluation.quantization, **config.backbone.loading
-    )
-    tokens = config.data.max_tokens
-    prompts = [
-        EvalPrompt(str(i), prompt_text(tokenizer, tokens, i), "harmful", "seen", "any", "plain", "")
-        for i in range(config.evaluation.batch_size)
-    ]
-    texts = [" ".join(random_checkpoint.WORDS * 8)] * config.utility.batch_size
+    model, tokenizer = load(folder / "model", **config.answering)
+    prompts, texts = to_answer(config, tokenizer)
     with patched(model, ablated(method, "without retention (same α)").deltas()):
         respond(
             *(model, tokenizer, prompts),
@@ -186,6 +198,18 @@ def stage_evaluation(config: Config, folder: Path) -> None:
             batch_size=config.evaluation.batch_size,
         )
         perplexity(model, tokenizer, texts, batch_size=config.utility.batch_size)
+
+
+def to_answer(config: Config, tokenizer) -> tuple[list[EvalPrompt], list[str]]:
+    """Prompts and texts of the greatest length, or those of the files."""
+    if config.data.harmful != "sandbox":
+        return load_eval_prompts(config.data, config.evaluation), perplexity_texts(config)
+    tokens = config.data.max_tokens
+    prompts = [
+        EvalPrompt(str(i), prompt_text(tokenizer, tokens, i), "harmful", "seen", "any", "plain", "")
+        for i in range(config.evaluation.batch_size)
+    ]
+    return prompts, [" ".join(random_checkpoint.WORDS * 8)] * config.utility.batch_size
 
 
 STAGES = {
@@ -241,8 +265,32 @@ def prepare(config: Config, folder: Path, sizes: dict, architecture: str) -> Non
     random_checkpoint.write(folder / "model", sizes, architecture)
     model = random_checkpoint.meta_model(random_checkpoint.configuration(architecture, sizes))
     layers = target_weights(model, config.derivation.lora.targets)
+    write_texts(folder)
     draw_patches(config, folder, layers)
     draw_sets(config, folder, layers)
+
+
+def write_texts(folder: Path, seed: int = 0) -> None:
+    """pairs.jsonl, prompts.jsonl and texts.jsonl of random words; how long each is, is drawn."""
+    drawn = random.Random(seed)
+
+    def said(words: float, spread: float, most: int) -> str:
+        count = min(most, max(3, round(drawn.lognormvariate(math.log(words), spread))))
+        return " ".join(drawn.choices(random_checkpoint.WORDS, k=count))
+
+    pairs = [
+        {"prompt": said(20, 0.5, 120), "response": said(60, 0.7, 300), "category": "any"}
+        for _ in range(16)
+    ]
+    prompts = [
+        {"prompt": said(20, 0.5, 120), "objective": name, "category": "any"}
+        for name in ("harmful", "over_safety")
+        for _ in range(24)
+    ]
+    texts = [{"text": said(100, 0.5, 400)} for _ in range(16)]
+    for name, rows in (("pairs", pairs), ("prompts", prompts), ("texts", texts)):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
 
 
 def draw_patches(config: Config, folder: Path, layers: dict) -> None:
@@ -300,7 +348,8 @@ def few(config: Config, new_tokens: int) -> Config:
     """The same parameters with as few steps, samples and tokens as show a stage's peak."""
     micro = config.derivation.micro_batch_size or config.derivation.ascent.batch_size
     batch = 2 * micro if config.derivation.micro_batch_size else micro
-    steps = {"max_steps": 1, "warmup_steps": 0, "batch_size": batch}
+    spread = config.data.harmful != "sandbox"
+    steps = {"max_steps": 1, "warmup_steps": 0, "batch_size": batch}  # two batches are read
     # never ends before its step: the loss of random weights is near log(vocabulary)
     ascent = {"stop_mean_loss": 50.0, "token_loss_clamp": 60.0}
     values = config.model_dump()
@@ -308,7 +357,8 @@ def few(config: Config, new_tokens: int) -> Config:
     values["derivation"]["ascent"] |= steps | ascent
     values["importance"]["samples"] = 2 * config.importance.batch_size
     values["evaluation"]["max_new_tokens"] = min(new_tokens, config.evaluation.max_new_tokens)
-    values["utility"]["perplexity"] = "texts"  # of MAX_TOKENS tokens, unlike the sandbox's
+    if not spread:
+        values["utility"]["perplexity"] = "texts"  # of MAX_TOKENS tokens, unlike the sandbox's
     if config.importance.layers_per_pass == "auto":
         values["importance"]["layers_per_pass"] = 2
     return Config.from_sources(values)
@@ -318,11 +368,11 @@ def measure(config: Config, folder: Path, stages: list[str], cap_gib: float | No
     """One row a stage: predicted and measured GiB, their ratio, seconds."""
     shape, device = shape_of(config), resolve_device(config.backbone.device)
     (folder / "config.json").write_text(json.dumps(config.model_dump()), encoding="utf-8")
-    rows = []
+    known, rows = read(config), []
     for stage in stages:
         cap = [] if cap_gib is None else ["--cap-gib", str(cap_gib)]
         found = in_process(["--child", stage, "--folder", str(folder), *cap])
-        predicted = predict(config, shape, stage, device)
+        predicted = predict(config, shape, stage, device, known=known)
         for place in ("GPU", "host") if device == "cuda" else ("host",):
             need = predicted.loc["peak", f"{place} GiB"]
             if place == "host":
@@ -360,8 +410,15 @@ def config_of(given, folder: Path) -> Config:
         overrides[key] = json.loads(value)
     place = {"backbone.source": str(folder / "model"), "backbone.revision": None}
     overrides |= place | {"backbone.device": given.device}
+    if given.spread:
+        files = {name: str(folder / f"{name}.jsonl") for name in ("pairs", "prompts", "texts")}
+        overrides |= ONLY_FILES | {
+            "data.harmful": files["pairs"],
+            "data.evaluation": [files["prompts"]],
+            "utility.perplexity": files["texts"],
+        }
     config = Config.from_sources(values, overrides)
-    if config.data.max_tokens is None:
+    if not given.spread and config.data.max_tokens is None:
         config = Config.from_sources(config.model_dump(), {"data.max_tokens": MAX_TOKENS})
     return few(config, given.new_tokens)
 
@@ -379,6 +436,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--tied", action="store_true", help="lm_head and embeddings are one")
     parser.add_argument("--params", help="YAML; without it the settings are those for a 7B model")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=JSON")
+    parser.add_argument("--spread", action="store_true", help="texts of different lengths")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--cap-gib", type=float, help="bound of the GPU's allocator")
     parser.add_argument("--new-tokens", type=int, default=4, help="an answer's, at most")

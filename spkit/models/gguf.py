@@ -38,10 +38,23 @@ def checkpoint_of(backbone: BackboneConfig) -> str | Path:
     if not is_gguf(backbone):
         return backbone.source
     file = gguf_file(backbone)
-    folder = cache_folder() / "checkpoints" / f"{_sha256(backbone, file)[:16]}-{RECIPE}"
+    folder = _folder(backbone, file)
     if not folder.is_dir():
         _convert(file, folder, backbone)
     return folder
+
+
+def converted(backbone: BackboneConfig) -> Path | None:
+    """The checkpoint of a GGUF file where the cache has it already, else None.
+
+    SpkitError where the file is not here.
+    """
+    folder = _folder(backbone, gguf_file(backbone, fetch=False))
+    return folder if folder.is_dir() else None
+
+
+def _folder(backbone: BackboneConfig, file: Path) -> Path:
+    return cache_folder() / "checkpoints" / f"{_sha256(backbone, file)[:16]}-{RECIPE}"
 
 
 def is_gguf(backbone: BackboneConfig) -> bool:

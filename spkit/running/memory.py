@@ -2,18 +2,19 @@
 
     needs(config, "01_patch_derivation")        # a table in GiB, and one sentence: does it fit?
 
-Counted from the shape of the backbone and the parameters, part by part, at the moments at which a
-stage holds most; each column shows the moment that is worst for it. Where there is no GPU all of
-it is on the host. What is read from safetensors (patches, sets, scores) is memory-mapped: the
-kernel takes such pages back when it needs them, and they are not counted.
+Counted from the shape of the backbone, the parameters and the lengths of the texts (batches.py),
+part by part, at the moments at which a stage holds most; each column shows the moment that is worst
+for it. Where there is no GPU all of it is on the host. What is read from safetensors (patches,
+sets, scores) is memory-mapped: the kernel takes such pages back when it needs them, and they are
+not counted.
 
 Not counted: judges, lm-eval's tasks (their texts' lengths are not ours), and on a CPU what the C
 library keeps of freed memory. docs/memory.md has the measurements that this was held against; on a
 GPU nothing has been measured yet.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +22,7 @@ import pandas as pd
 
 from spkit.config import Config
 from spkit.errors import SpkitError
-from spkit.running.sizes import Matrix, Shape
+from spkit.running.sizes import Batch, Batches, Matrix, Shape
 from spkit.system.machine import free_memory, layers_that_fit, own_memory
 
 GIB = 2**30
@@ -29,7 +30,7 @@ NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight, with double quantisation
 FP32, INT32, INT64, BIT = 4, 4, 8, 1 / 8
 ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
 
-# Lengths that the parameters leave open, in tokens.
+# Lengths in tokens, where the texts are not at hand and the parameters leave them open.
 SANDBOX_TOKENS, UNKNOWN_TOKENS = 48, 1024  # of a pair or a prompt; the latter is a guess
 AT_ONCE = 4096  # as in method/balancing.py, which imports torch
 SMALL_HEAD = 4096  # words, as in models/heads.py: a larger head gives the tokens that count alone
@@ -87,13 +88,15 @@ class Moment(dict):
 class Sizes:
     """A config and a shape, and the sizes that several moments need; bytes unless they say so.
 
-    free: bytes that the device has, for importance.layers_per_pass "auto".
+    free: bytes that the device has, for importance.layers_per_pass "auto". known: the batches of
+    the run's own texts; None: all texts are as long as the parameters allow.
     """
 
     config: Config
     shape: Shape
     device: str
     free: float | None = None
+    known: Batches | None = None
 
     @property
     def compute(self) -> int:
@@ -103,6 +106,13 @@ class Sizes:
             return 4 if self.device == "cpu" else 2
         return ITEM[dtype]
 
+    @cached_property
+    def answering(self) -> "Sizes":
+        """The same for the model that answers, which may have a dtype of its own."""
+        own = self.config.evaluation.dtype or self.config.backbone.compute_dtype
+        backbone = self.config.backbone.model_copy(update={"compute_dtype": own})
+        return replace(self, config=self.config.model_copy(update={"backbone": backbone}))
+
     @property
     def pair_tokens(self) -> int:
         """The number of tokens of the longest pair."""
@@ -110,20 +120,30 @@ class Sizes:
             return self.config.data.max_tokens
         return SANDBOX_TOKENS if self.config.data.harmful == "sandbox" else UNKNOWN_TOKENS
 
-    def counted(self, tokens: int) -> int:
-        """So many of a pair's tokens get logits where `tokens` of them count in the loss."""
-        return tokens if self.shape.vocabulary >= SMALL_HEAD else self.pair_tokens
-
-    @property
-    def answer_tokens(self) -> int:
-        """The number of tokens of the longest answer: at most those of a pair."""
-        return self.pair_tokens
-
     @property
     def prompt_tokens(self) -> int:
         """The number of tokens of an evaluation prompt, assumed to be no longer than a pair."""
         own = self.config.data.evaluation == "sandbox"
         return min(SANDBOX_TOKENS, self.pair_tokens) if own else self.pair_tokens
+
+    @cached_property
+    def batches(self) -> Batches:
+        """The known ones; else one of each kind, in which every text has the greatest length."""
+        if self.known is not None:
+            return self.known
+        d, i, e = self.config.derivation, self.config.importance, self.config.evaluation
+        pair, u = self.pair_tokens, self.config.utility
+        rows = d.micro_batch_size or max(d.ascent.batch_size, d.descent.batch_size)
+        scored = min(i.batch_size, i.samples)
+        first = i.samples if i.samples * pair <= AT_ONCE else scored
+        text = PERPLEXITY_TOKENS if u.perplexity != "sandbox" else self.prompt_tokens
+        return Batches(
+            derivation=(Batch(rows, pair, rows * pair),),
+            importance=(Batch(scored, pair, scored * pair),) * (i.samples // scored),
+            balance=(Batch(first, pair, first),),
+            evaluation=(Batch(e.batch_size, self.prompt_tokens, 0),),
+            texts=(Batch(u.batch_size, text, 0),),
+        )
 
     @cached_property
     def targets(self) -> tuple[Matrix, ...]:
@@ -156,9 +176,10 @@ class Sizes:
         widest = max(m.weights for m in self.shape.matrices)
         return self.compute * widest if quantization == "nf4" else 0.0
 
-    def loss(self, tokens: int) -> float:
+    def loss(self, batch: Batch) -> float:
         """Logits with their loss, with or without a gradient: a 16-bit model's own come first."""
         own = self.compute if self.compute < FP32 else 0
+        tokens = batch.counted if self.shape.vocabulary >= SMALL_HEAD else batch.tokens
         return tokens * self.shape.vocabulary * (own + LOSS_COPIES * FP32)
 
     def layer(self, kind: str) -> float:
@@ -173,6 +194,11 @@ class Sizes:
         if kind == "trained" and c < FP32:
             return kept + sum(FP32 * m.columns for m in self.targets)
         return kept if kind == "passed" else kept + c * (2 * s.hidden + s.intermediate)
+
+
+def largest(batches: Iterable[Batch], size: Callable[[Batch], float]) -> Batch:
+    """The batch of which `size` [bytes] is greatest."""
+    return max(batches, key=size)
 
 
 def is_gpu(device: str) -> bool:
@@ -196,8 +222,6 @@ def loading(see: Sizes) -> list[Moment]:
 def derivation(see: Sizes) -> list[Moment]:
     """Ascent and descent: the second one with the first one's patch at hand."""
     d, s = see.config.derivation, see.shape
-    rows = d.micro_batch_size or max(d.ascent.batch_size, d.descent.batch_size)
-    tokens = rows * see.pair_tokens
     lower = ("derivation.micro_batch_size", "data.max_tokens", "derivation.gradient_checkpointing")
     moments_of_adam = 2 * FP32 if d.optimizer == "adamw" else 2
 
@@ -212,9 +236,11 @@ def derivation(see: Sizes) -> list[Moment]:
     else:
         kept, again = s.layers * one, 0
     kept += LAST_HIDDEN * FP32 * s.hidden
-    loss = begun("the loss of a batch").add(ACTIVATIONS, tokens * kept)
-    loss.add(LOGITS, see.loss(rows * see.counted(see.answer_tokens)))
+    batch = largest(see.batches.derivation, lambda b: b.tokens * kept + see.loss(b))
+    loss = begun("the loss of a batch").add(ACTIVATIONS, batch.tokens * kept)
+    loss.add(LOGITS, see.loss(batch))
     working = TRAIN_WIDTHS * FP32 * s.intermediate
+    tokens = max(b.tokens for b in see.batches.derivation)
     back = begun("the backward pass").add(ACTIVATIONS, tokens * (kept + again + working))
     back.add(MATRIX, see.unpacked(d.quantization))
     moments = [loss, back]
@@ -232,8 +258,6 @@ def importance(see: Sizes, patches: int = 0) -> list[Moment]:
     i, d, s = see.config.importance, see.config.derivation, see.shape
     walks = 2 if i.scored_model == "patched" else 1
     depth = layers_in_a_pass(see)
-    rows = min(i.batch_size, i.samples)
-    tokens, counted = rows * see.pair_tokens, rows * see.counted(see.answer_tokens)
     window = FP32 * see.targeted * depth / s.layers
     lower = ("importance.layers_per_pass", "importance.batch_size", "data.max_tokens")
 
@@ -256,14 +280,15 @@ def importance(see: Sizes, patches: int = 0) -> list[Moment]:
         kept = (s.layers - first) * see.layer("passed")
         kept += LAST_HIDDEN * FP32 * s.hidden
         kept += min(depth, s.layers - first) * (see.layer("scored") - see.layer("passed"))
-        moment.add(ACTIVATIONS, tokens * kept).add(LOGITS, see.loss(counted))
+        batch = largest(see.batches.importance, lambda b, k=kept: b.tokens * k + see.loss(b))
+        moment.add(ACTIVATIONS, batch.tokens * kept).add(LOGITS, see.loss(batch))
         moment.add(MATRIX, see.unpacked(d.quantization) + FP32 * see.largest)
         if is_gpu(see.device):
             moment.add(SCORES, (walks + before) * window, walks * (1 + before) * window)
         else:
             moment.add(SCORES, walks * (1 + before) * window)
         if before:
-            one = i.samples * see.pair_tokens * s.hidden * see.compute
+            one = sum(b.tokens for b in see.batches.importance) * s.hidden * see.compute
             moment.add(STORED, 0, (walks + 1) * one)
         moments.append(moment)
     rank = begun("ranking a window", s.layers)
@@ -299,17 +324,17 @@ def patching(see: Sizes, held: int = 0) -> list[Moment]:
 
     held: how many sets of weights are in memory besides.
     """
-    p, e, i = see.config.patching, see.config.evaluation, see.config.importance
+    p, e = see.config.patching, see.config.evaluation
     bits = BIT * see.targeted
     write = Moment("writing the patched checkpoint", ("backbone.source",))
     write.add(SETS, 0, (2 + held) * bits).add(MATRIX, 0, MERGE_BYTES * see.largest)
     if p.balance is None:
         return [write]
     kept = kept_share(see.config, p.retention_rate) * see.targeted
-    rows = i.samples if i.samples * see.pair_tokens <= AT_ONCE else min(i.batch_size, i.samples)
+    asked, batch = see.answering, largest(see.batches.balance, see.loss)
     find = Moment("finding alpha", (*TOP_RATES, "importance.batch_size", "data.max_tokens"))
-    find.add(BACKBONE, see.backbone(e.quantization)).add(HALVES, 0, (INT32 + FP32) * kept)
-    find.add(DELTA, (INT32 + see.compute) * kept).add(LOGITS, see.loss(rows * see.counted(1)))
+    find.add(BACKBONE, asked.backbone(e.quantization)).add(HALVES, 0, (INT32 + FP32) * kept)
+    find.add(DELTA, (INT32 + asked.compute) * kept).add(LOGITS, asked.loss(batch))
     find.add(SETS, 0, (2 + held) * bits)
     return [find, write]
 
@@ -319,7 +344,8 @@ def answering(see: Sizes, share: float, held: int, patches: int = 0) -> list[Mom
 
     held, patches: sets of weights, and patches not read from files, in memory meanwhile.
     """
-    e, u, s = see.config.evaluation, see.config.utility, see.shape
+    see = see.answering
+    e, s = see.config.evaluation, see.shape
     kept = share * see.targeted
 
     def begun(name: str, lower: tuple[str, ...]) -> Moment:
@@ -331,18 +357,18 @@ def answering(see: Sizes, share: float, held: int, patches: int = 0) -> list[Mom
     dense = see.compute * see.largest if share and e.quantization == "nf4" else 0
     matrix = see.unpacked(e.quantization) + dense
     width = READ_WIDTHS * s.intermediate * see.compute
-    written = see.prompt_tokens + e.max_new_tokens
+    asked = largest(see.batches.evaluation, lambda b: b.rows * (b.width + e.max_new_tokens))
     lower = ("evaluation.batch_size", "evaluation.max_new_tokens", "data.max_tokens")
     generate = begun("generating answers", lower).add(MATRIX, matrix)
-    cached = written * s.layers * 2 * s.kv * see.compute
-    generate.add(CACHE, e.batch_size * cached)
-    generate.add(ACTIVATIONS, e.batch_size * see.prompt_tokens * width)
-    tokens = PERPLEXITY_TOKENS if u.perplexity != "sandbox" else see.prompt_tokens
+    cached = asked.rows * (asked.width + e.max_new_tokens)
+    generate.add(CACHE, cached * s.layers * 2 * s.kv * see.compute)
+    generate.add(ACTIVATIONS, asked.tokens * width)
+    text = largest(see.batches.texts, lambda b: b.tokens)
     read = begun("reading texts", ("utility.batch_size",)).add(MATRIX, matrix)
-    read.add(ACTIVATIONS, u.batch_size * tokens * width)
+    read.add(ACTIVATIONS, text.tokens * width)
     score = begun("perplexity", ("utility.batch_size",))
-    logits = u.batch_size * tokens * s.vocabulary * see.compute
-    score.add(LOGITS, logits + tokens * s.vocabulary * LOSS_COPIES * FP32)  # row by row
+    logits = text.tokens * s.vocabulary * see.compute
+    score.add(LOGITS, logits + text.width * s.vocabulary * LOSS_COPIES * FP32)  # row by row
     moments = [generate, read, score]
     if share:
         enter = begun("putting the delta in", TOP_RATES)
@@ -377,7 +403,7 @@ def notebook_04(see: Sizes) -> list[Moment]:
     for config in rates:
         kept = kept_share(config, config.patching.retention_rate)
         share = max(share, min(1.0, kept * len(c.continual.stages)))
-        moments += patching(Sizes(config, see.shape, see.device, see.free), held=2)
+        moments += patching(replace(see, config=config), held=2)
     if c.evaluation.quantization == "none":
         share = 0.0  # the written model is loaded
     return moments + answering(see, share, held=4, patches=2)
@@ -399,18 +425,24 @@ STAGES: dict[str, Callable[[Sizes], list[Moment]]] = {
 
 
 def predict(
-    config: Config, shape: Shape, stage: str, device: str, free: float | None = None
+    config: Config,
+    shape: Shape,
+    stage: str,
+    device: str,
+    free: float | None = None,
+    known: Batches | None = None,
 ) -> pd.DataFrame:
     """Rows: parts and "peak"; columns "GPU GiB" (on "cuda", "cuda:1" or "balanced") and "host GiB".
 
     On "balanced" all GPUs count as one; on "mps" the GPU has the host's memory.
     Each column shows the moment at which its place holds most; frame.attrs["moments"] names them,
     frame.attrs["lower"] the parameters that count then. stage: a key of STAGES. free: bytes on the
-    device, which importance.layers_per_pass "auto" goes by.
+    device, which importance.layers_per_pass "auto" goes by. known: the batches of the run's own
+    texts (batches.py); without them every text is as long as `data.max_tokens` allows.
     """
     if stage not in STAGES:
         raise SpkitError(f"There is no stage {stage!r}; there are {', '.join(STAGES)}.")
-    moments, gpu = STAGES[stage](Sizes(config, shape, device, free)), is_gpu(device)
+    moments, gpu = STAGES[stage](Sizes(config, shape, device, free, known)), is_gpu(device)
     for moment in moments:
         if gpu:
             moment.add(CONTEXT, CONTEXT_BYTES + FRAGMENTS * moment.total(0))
@@ -473,14 +505,16 @@ def needs(config: Config, stage: str) -> pd.DataFrame:
     source the file. SpkitError where it cannot be read.
     """
     from spkit.models.loading import resolve_device
+    from spkit.running.batches import read
     from spkit.running.shape import shape_of
 
     device = resolve_device(config.backbone.device)
     here = available(device)
     shape = shape_of(config, fetch=True)
     free = here["GPU GiB" if is_gpu(device) else "host GiB"] * GIB
-    table = predict(config, shape, stage, device, free)
-    print("\n".join([verdict(table, here, config), *shape.left_out]))
+    known = read(config, continual=stage == "04_continual_psa")
+    table = predict(config, shape, stage, device, free, known)
+    print("\n".join([verdict(table, here, config), lengths(config, known), *shape.left_out]))
     table.loc["here"] = here
     shown = table.round(2)
     return shown[(shown != 0).any(axis=1)]
@@ -493,22 +527,35 @@ def overview(config: Config) -> str:
     not in the cache yet.
     """
     from spkit.models.loading import resolve_device
+    from spkit.running.batches import read
     from spkit.running.shape import shape_of
 
     device = resolve_device(config.backbone.device)
     here, shape = available(device), shape_of(config)
     free = here["GPU GiB" if is_gpu(device) else "host GiB"] * GIB
     columns = list(here)
+    usual, staged = read(config), read(config, continual=True)
     lines = [f"{'predicted peak':<28}" + "".join(f"{column:>12}" for column in columns)]
     advice: list[str] = []
     for stage in (name for name in STAGES if name[0].isdigit()):
-        table = predict(config, shape, stage, device, free)
+        known = staged if stage == "04_continual_psa" else usual
+        table = predict(config, shape, stage, device, free, known)
         peaks = (table.loc[PEAK, column] for column in columns)
         lines.append(f"{stage.replace('_', ' '):<28}" + "".join(f"{peak:>12.2f}" for peak in peaks))
         said = verdict(table, here, config)
         advice += [] if said.startswith("fits") else [f"{stage[:2]} {said}"]
     lines.append(f"{'here':<28}" + "".join(f"{here[column]:>12.2f}" for column in columns))
+    lines.append(lengths(config, usual))
     return "\n".join([*lines, "", *(advice or ["every notebook fits, predicted"])])
+
+
+def lengths(config: Config, known: Batches | None) -> str:
+    """A sentence: how long the texts were taken to be."""
+    if known is not None:
+        longest = max(batch.width for batch in known.derivation)
+        return f"the texts' own lengths are counted; the longest pair has {longest} tokens"
+    longest = Sizes(config, None, "cpu").pair_tokens
+    return f"not all texts are here yet: each is counted as {longest} tokens (data.max_tokens)"
 
 
 def available(device: str) -> dict[str, float]:

@@ -1,7 +1,7 @@
-"""The sizes of a backbone as numbers. Nothing is imported that could load a model.
+"""The sizes of a backbone and its batches as numbers. Nothing imported here could load a model.
 
 Where they come from: shape.py builds the model without weights, widths.py counts them from a
-handful of widths.
+handful of widths, batches.py reads the texts.
 """
 
 from collections.abc import Sequence
@@ -76,6 +76,36 @@ class Shape:
             hit = {path for path in paths if is_named(path, targets)}
         own = ((m, tuple(path for path in m.paths if path in hit)) for m in matrices)
         return tuple(replace(m, count=len(found), paths=found) for m, found in own if found)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """rows: texts at once. width: tokens of the longest. counted: tokens of all that count in the
+    loss."""
+
+    rows: int
+    width: int
+    counted: int
+
+    @property
+    def tokens(self) -> int:
+        """With the padding."""
+        return self.rows * self.width
+
+
+@dataclass(frozen=True)
+class Batches:
+    """What goes through the model at once; of each kind those that may be the largest.
+
+    derivation: pairs of one pass. importance: all that are scored. balance: those of first tokens.
+    evaluation: prompts. texts: of the perplexity.
+    """
+
+    derivation: tuple[Batch, ...]
+    importance: tuple[Batch, ...]
+    balance: tuple[Batch, ...]
+    evaluation: tuple[Batch, ...]
+    texts: tuple[Batch, ...]
 
 
 def written_by(config: Config, shape: Shape) -> dict[str, float]:

@@ -42,7 +42,7 @@ def perplexity(
     and masked, so that batches do not matter but for rounding. SpkitError if no token is left to
     score.
     """
-    encoded = [_encode(tokenizer, text) for text in texts]
+    encoded = [encoded_text(tokenizer, text) for text in texts]
     by_length = sorted(range(len(encoded)), key=lambda i: len(encoded[i][0]))
     device = model.get_input_embeddings().weight.device
     sums, tokens = [0.0] * len(encoded), 0
@@ -64,7 +64,7 @@ def perplexity(
     return {"value": value, "tokens": tokens, "texts": len(encoded)}
 
 
-def _encode(tokenizer, text: str | tuple[str, str]) -> tuple[list[int], list[int]]:
+def encoded_text(tokenizer, text: str | tuple[str, str]) -> tuple[list[int], list[int]]:
     """(ids, labels), cut."""
     if not isinstance(text, str):
         ids, labels = encode_pair(tokenizer, *text)
