@@ -3,11 +3,13 @@
 import re
 import subprocess
 import tomllib
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import spkit
 
@@ -59,6 +61,28 @@ def test_constraints_pin_every_dependency_to_a_version_that_it_allows():
 def test_constraints_hold_nothing_of_one_machine():
     text = (ROOT / "constraints.txt").read_text(encoding="utf-8")
     assert not re.search(r"file:|https?://| @ |\+cpu|\+cu", text)
+
+
+def test_constraints_pin_all_that_is_installed_with_the_kit():
+    """A whole lock: what the dependencies bring in, too, in the version that is here."""
+    left, seen = [(r.name, frozenset(r.extras)) for r in requirements()], set()
+    while left:
+        name, extras = found = left.pop()
+        if found in seen:
+            continue
+        seen.add(found)
+        assert canonicalize_name(name) in CONSTRAINTS, f"{name} has no pin"
+        try:
+            installed = distribution(name)
+        except PackageNotFoundError:
+            continue  # an extra that this environment does without
+        pin = CONSTRAINTS[canonicalize_name(name)]
+        assert Version(installed.version).public == pin, f"{name} {installed.version} is installed"
+        for needed in map(Requirement, installed.requires or ()):
+            asked = [{"extra": extra} for extra in ("", *extras)]
+            if needed.marker is None or any(map(needed.marker.evaluate, asked)):
+                left.append((needed.name, frozenset(needed.extras)))
+    assert len(seen) > 150
 
 
 def test_conda_environment_has_the_same_pins():
