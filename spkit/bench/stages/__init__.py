@@ -2,7 +2,16 @@
 
 from importlib import import_module
 
-NAMES = ("importance", "top_sets", "derivation", "evaluation", "settings", "apply", "growth")
+NAMES = (
+    "importance",
+    "top_sets",
+    "derivation",
+    "evaluation",
+    "settings",
+    "memory",
+    "apply",
+    "growth",
+)
 
 
 def measure(bench) -> None:
