@@ -13,6 +13,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from difflib import get_close_matches
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ KEYS = [*Config.model_fields, "overrides"]
 LITERALS = (bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset, type(None))
 FIRST = next(iter(STAGES))  # it may be opened by hand, before anything was run
 IPYTHON = {"In", "Out"}  # the shell's own history
+# what all notebooks import, and with it torch, peft and seaborn: here while the collector is paused
+HEAVY = ("spkit.figures", "spkit.method.importance", "spkit.evaluation.judges")
 
 
 def start(stage: str, namespace: Mapping[str, Any]) -> tuple[Config, Run]:
@@ -52,10 +55,12 @@ def start(stage: str, namespace: Mapping[str, Any]) -> tuple[Config, Run]:
         print(said)
     for said in left_out(config, namespace):
         print(said)
-    with paused():  # these import what the notebook needs
+    with paused():
+        for module in HEAVY:
+            import_module(module)
         checks.require(config, stage)  # before any work, and before the folder is opened
-        make_deterministic(config.seed, config.threads)
-        without_loading_bars()
+    make_deterministic(config.seed, config.threads)
+    without_loading_bars()
     run = Run(config, stage)
     print(f"{stage}: seed {config.seed}, results in {run.folder}")
     return after_alignment(config, make=stage == FIRST), run
