@@ -29,6 +29,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -56,9 +57,10 @@ from spkit.models.weights import target_weights
 from spkit.patchfile.apply import apply
 from spkit.patchfile.make import About, make_patch
 from spkit.running.batches import read
-from spkit.running.memory import predict
+from spkit.running.memory import Sizes, predict
 from spkit.running.patch_of_run import load_safepatching
 from spkit.running.shape import shape_of
+from spkit.running.sizes import Batches, Shape
 from spkit.system.determinism import make_deterministic
 from spkit.system.machine import hardware, own_memory, versions
 from spkit.validation import read_yaml
@@ -364,11 +366,23 @@ def few(config: Config, new_tokens: int) -> Config:
     return Config.from_sources(values)
 
 
+def batches_of(config: Config, shape: Shape, device: str) -> Batches:
+    """Those of the files; without them, half of each pair is its answer and counts in the loss."""
+    if config.data.harmful != "sandbox":
+        return read(config)
+    whole = Sizes(config, shape, device).batches
+    trained, scored = (
+        tuple(replace(batch, counted=batch.counted // 2) for batch in batches)
+        for batches in (whole.derivation, whole.importance)
+    )
+    return replace(whole, derivation=trained, importance=scored)
+
+
 def measure(config: Config, folder: Path, stages: list[str], cap_gib: float | None) -> pd.DataFrame:
     """One row a stage: predicted and measured GiB, their ratio, seconds."""
     shape, device = shape_of(config), resolve_device(config.backbone.device)
     (folder / "config.json").write_text(json.dumps(config.model_dump()), encoding="utf-8")
-    known, rows = read(config), []
+    known, rows = batches_of(config, shape, device), []
     for stage in stages:
         cap = [] if cap_gib is None else ["--cap-gib", str(cap_gib)]
         found = in_process(["--child", stage, "--folder", str(folder), *cap])

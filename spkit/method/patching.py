@@ -102,7 +102,7 @@ def global_top_rate_sets(
 ) -> dict[str, Tensor]:
     """The same over several matrices at once: `rate` of all their weights, wherever they lie.
 
-    Of equal scores the earlier matrix wins, then the lower flat index. It copies all scores once.
+    Of equal scores the earlier matrix wins, then the lower flat index. Several are copied once.
     """
     flat, pools = [], []
     for name, score in scores.items():
