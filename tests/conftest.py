@@ -49,6 +49,8 @@ LONGEST = (
 def pytest_configure(config):
     """The mark of what needs a GPU (on_devices.py); benchmarks/gpu.sh runs these alone."""
     config.addinivalue_line("markers", "cuda: skipped where torch sees no GPU")
+    if getattr(config.option, "numprocesses", None):  # this one only hands out the tests
+        gc.enable()
 
 
 def pytest_collection_finish():
