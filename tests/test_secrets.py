@@ -42,9 +42,15 @@ def holding(folder):
 
 
 def notebook_00(folder, source, **environment):
-    """Notebook 00 by papermill on a backbone that is not there; all that it leaves is in folder."""
+    """Notebook 00, as `spkit run` executes it, on a backbone that is not there; all that it leaves is in folder."""
     executed, log = folder / "executed.ipynb", folder / "log.txt"
-    command = [sys.executable, "-m", "papermill", "notebooks/00_backbone.ipynb", str(executed)]
+    command = [
+        sys.executable,
+        "-m",
+        "spkit.running.execute",
+        "notebooks/00_backbone.ipynb",
+        str(executed),
+    ]
     command += ["-k", "python3", "--no-progress-bar", "--log-output", "-f", str(MICRO)]
     command += ["-p", "outputs", str(folder / "outputs")]
     command += ["-y", f"overrides: {{backbone.source: {source}}}"]

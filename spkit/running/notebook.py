@@ -56,9 +56,9 @@ def start(stage: str, namespace: Mapping[str, Any]) -> tuple[Config, Run]:
     for said in left_out(config, namespace):
         print(said)
     with paused():
+        checks.require(config, stage)  # before any work, and before the folder is opened
         for module in HEAVY:
             import_module(module)
-        checks.require(config, stage)  # before any work, and before the folder is opened
     make_deterministic(config.seed, config.threads)
     without_loading_bars()
     run = Run(config, stage)

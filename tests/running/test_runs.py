@@ -668,7 +668,15 @@ def test_in_a_kernel_the_error_is_one_sentence(monkeypatch):
         "patchng = {}", f"from spkit.running.notebook import start\nstart({BACKBONE!r}, globals())"
     )
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    command = [sys.executable, "-m", "papermill", "book.ipynb", "log.ipynb", "-k", "python3"]
+    command = [
+        sys.executable,
+        "-m",
+        "spkit.running.execute",
+        "book.ipynb",
+        "log.ipynb",
+        "-k",
+        "python3",
+    ]
     ended = subprocess.run([*command, "--no-progress-bar"], capture_output=True, text=True)
     assert ended.returncode == 1
     errors = [
