@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spkit.models.chat import counted
+from spkit.models.onednn import fast_linear
 from spkit.models.prefix import shared_past
 
 SMALL = 4096  # words: a smaller head costs next to nothing and stays whole, like the sandbox's
@@ -27,18 +28,26 @@ def answer_logits(
     computed whole, and a head among them at all positions. Then, and where a model has no head that
     is called, the logits are those of all positions, [B, T, V], which answer_loss takes as well.
     """
-    device = model.get_input_embeddings().weight.device
-    inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
     head = getattr(model, "get_output_embeddings", lambda: None)()
     whole = head is None or any(head is module for module in watched)
     if whole or model.config.get_text_config().vocab_size < SMALL:
-        return model(**inputs, use_cache=False).logits
-    cache = None if watched else shared_past(model, batch)
-    start = 0
+        return model(**_inputs(model, batch), use_cache=False).logits
+    with fast_linear(model):
+        return _needed(model, head, batch, None if watched else shared_past(model, batch))
+
+
+def _inputs(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    device = model.get_input_embeddings().weight.device
+    return {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
+
+
+def _needed(model: nn.Module, head: nn.Module, batch: Mapping[str, Tensor], cache) -> Tensor:
+    """As answer_logits. cache: of the tokens that all rows begin with, or None."""
+    inputs, labels, start = _inputs(model, batch), batch["labels"], 0
     if cache is not None:
         start = cache.get_seq_length()
         inputs |= {"input_ids": inputs["input_ids"][:, start:], "past_key_values": cache}
-    labels = batch["labels"][:, start:]
+        labels = labels[:, start:]
 
     def keep(module, args):
         hidden = args[0]

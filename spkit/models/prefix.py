@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from spkit.models.chat import counted
+from spkit.models.onednn import recomputes
 from spkit.system import processes
 
 SAVED = 0.2  # of a batch's tokens: with fewer, a second pass costs as much as it saves
@@ -27,12 +28,11 @@ def shared_past(model: nn.Module, batch: Mapping[str, Tensor]) -> DynamicCache |
     with gradient checkpointing, which keeps no keys and values; and for a model that has a state in
     their place (Mamba, ...).
     """
-    rows, first = len(batch["input_ids"]), shared_tokens(batch)
-    if (rows - 1) * first < SAVED * batch["input_ids"].numel() or processes.here().count > 1:
-        return None
     device = model.get_input_embeddings().weight.device
-    again = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-    if device.type != "cpu" or again or getattr(model, "is_quantized", False):
+    if device.type != "cpu" or processes.here().count > 1 or getattr(model, "is_quantized", False):
+        return None
+    rows, first = len(batch["input_ids"]), shared_tokens(batch)
+    if (rows - 1) * first < SAVED * batch["input_ids"].numel() or recomputes(model):
         return None
     tokens = batch["input_ids"][:1, :first].to(device)
     cache = getattr(model.get_decoder()(input_ids=tokens, use_cache=True), "past_key_values", None)

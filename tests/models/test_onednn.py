@@ -44,7 +44,30 @@ def test_bias_empty_batches_and_keywords(monkeypatch):
     assert torch.equal(half, F.linear(x.bfloat16(), weight.bfloat16()))
 
 
-def test_bf16_and_gradients_are_left_alone(monkeypatch):
+def test_gradients_go_through_frozen_layers(monkeypatch):
+    """Those of the embeddings, which are below all of them, are torch's to rounding."""
+    model, seen = tiny.model("llama", tied=False).requires_grad_(False), called(monkeypatch)
+    embeddings = model.get_input_embeddings().weight.requires_grad_(True)
+    ids = torch.arange(20).reshape(4, 5)
+    (expected,) = torch.autograd.grad(model(input_ids=ids).logits.square().sum(), embeddings)
+    assert not seen
+    with fast_linear(model):
+        loss = model(input_ids=ids).logits.square().sum()
+    forward = len(seen)
+    (found,) = torch.autograd.grad(loss, embeddings)
+    assert forward == 15 and len(seen) == 30  # 7 in each of 2 layers and the head, both ways
+    assert float((found - expected).norm()) <= 1e-5 * float(expected.norm())
+
+
+def test_gradient_checkpointing_is_left_alone(monkeypatch):
+    model, seen = tiny.model("llama").requires_grad_(False).train(), called(monkeypatch)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with fast_linear(model):
+        model(input_ids=torch.arange(20).reshape(4, 5))
+    assert not seen
+
+
+def test_bf16_and_trained_layers_are_left_alone(monkeypatch):
     model, seen = tiny.model("llama"), called(monkeypatch)
     ids = torch.arange(20).reshape(4, 5)
     with fast_linear(model):
