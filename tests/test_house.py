@@ -260,3 +260,14 @@ def test_what_the_page_names_exists_and_is_what_runs(file, name):
     assert name in definitions(file)
     if file.startswith("spkit/method/"):
         assert uses()[name.rpartition(".")[2]] > 0, f"nothing but a test runs {name}"
+
+
+def test_no_test_asserts_a_time():
+    clocks = re.compile(r"assert .*\b(perf_counter|process_time|monotonic|time\.time)\(\)")
+    found = [
+        f"{path.name}: {line.strip()}"
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if clocks.search(line)
+    ]
+    assert found == []

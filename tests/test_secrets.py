@@ -42,7 +42,8 @@ def holding(folder):
 
 
 def notebook_00(folder, source, **environment):
-    """Notebook 00, as `spkit run` executes it, on a backbone that is not there; all that it leaves is in folder."""
+    """Notebook 00, as `spkit run` executes it, on a backbone that is not there; all that it leaves
+    is in folder."""
     executed, log = folder / "executed.ipynb", folder / "log.txt"
     command = [
         sys.executable,

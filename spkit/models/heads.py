@@ -18,6 +18,11 @@ from spkit.models.prefix import shared_past
 SMALL = 4096  # words: a smaller head costs next to nothing and stays whole, like the sandbox's
 
 
+def is_small(model: nn.Module) -> bool:
+    """Whether nothing is to be won: such models, the sandbox's among them, keep their last bits."""
+    return model.config.get_text_config().vocab_size < SMALL
+
+
 def answer_logits(
     model: nn.Module, batch: Mapping[str, Tensor], watched: Collection[nn.Module] = ()
 ) -> Tensor:
@@ -30,7 +35,7 @@ def answer_logits(
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     whole = head is None or any(head is module for module in watched)
-    if whole or model.config.get_text_config().vocab_size < SMALL:
+    if whole or is_small(model):
         return model(**_inputs(model, batch), use_cache=False).logits
     with fast_linear(model):
         return _needed(model, head, batch, None if watched else shared_past(model, batch))

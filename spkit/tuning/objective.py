@@ -14,6 +14,7 @@ about refusing (Qi et al., arXiv 2406.05946).
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import pandas as pd
@@ -26,6 +27,8 @@ from spkit.evaluation.utility.first_token import first_token_logprobs, mean_kl
 from spkit.evaluation.verdicts import METRICS
 from spkit.examples import EvalPrompt
 from spkit.models.chat import encode_prompt
+from spkit.models.heads import is_small
+from spkit.models.onednn import fast_linear
 from spkit.models.patched import Delta, patched
 from spkit.system.out_of_memory import explained
 
@@ -180,7 +183,8 @@ class Objective:
         theta + deltas: fp64 [asked], fp32 [instructions, vocabulary]."""
         margins = torch.zeros(len(self.asked), dtype=torch.float64)
         advice = {"evaluation.batch_size": self.batch_size}
-        with patched(self.model, deltas), explained("one forward pass", advice):
+        quick = nullcontext() if is_small(self.model) else fast_linear(self.model)
+        with patched(self.model, deltas), explained("one forward pass", advice), quick:
             for batch in self._batches:
                 rows = [[kind[i] for i in batch[0]] for kind in self._openings]
                 refusing, helping = opening_logprobs(self.model, batch, rows)

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -151,13 +150,9 @@ def test_torch_is_missing_only_if_there_is_none(tmp_path, site, monkeypatch):
     assert colab.missing(path) == ["torch>=2.6"]
 
 
-def test_nothing_missing_calls_nothing_and_takes_no_time(capsys):
-    took = []
-    for _ in range(3):
-        began = time.perf_counter()
-        assert colab.install(PYPROJECT, runner=no_runner) == []
-        took.append(time.perf_counter() - began)
-    assert min(took) < 0.5 and capsys.readouterr().out == ""
+def test_nothing_missing_calls_nothing(capsys):
+    assert colab.install(PYPROJECT, runner=no_runner) == []
+    assert capsys.readouterr().out == ""
 
 
 def test_a_pyproject_that_is_none(tmp_path):
