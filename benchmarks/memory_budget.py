@@ -131,9 +131,14 @@ def prompt_text(tokenizer, tokens: int, number: int) -> str:
     return " ".join(words[(number + i * i) % len(words)] for i in range(room))
 
 
+def own_texts(config: Config) -> bool:
+    """Whether the pairs are a file that was written for this (--spread)."""
+    return Path(config.data.harmful).is_file()
+
+
 def pairs_for(config: Config, tokenizer) -> list[HarmfulPair]:
     """Pairs of `data.max_tokens` tokens, half prompt and half answer; or those of the file."""
-    if config.data.harmful != "sandbox":
+    if own_texts(config):
         return load_harmful_pairs(config.data, seed=config.seed)
     half = config.data.max_tokens // 2
     return [
@@ -204,7 +209,7 @@ def stage_evaluation(config: Config, folder: Path) -> None:
 
 def to_answer(config: Config, tokenizer) -> tuple[list[EvalPrompt], list[str]]:
     """Prompts and texts of the greatest length, or those of the files."""
-    if config.data.harmful != "sandbox":
+    if own_texts(config):
         return load_eval_prompts(config.data, config.evaluation), perplexity_texts(config)
     tokens = config.data.max_tokens
     prompts = [
@@ -350,7 +355,7 @@ def few(config: Config, new_tokens: int) -> Config:
     """The same parameters with as few steps, samples and tokens as show a stage's peak."""
     micro = config.derivation.micro_batch_size or config.derivation.ascent.batch_size
     batch = 2 * micro if config.derivation.micro_batch_size else micro
-    spread = config.data.harmful != "sandbox"
+    spread = own_texts(config)
     steps = {"max_steps": 1, "warmup_steps": 0, "batch_size": batch}  # two batches are read
     # never ends before its step: the loss of random weights is near log(vocabulary)
     ascent = {"stop_mean_loss": 50.0, "token_loss_clamp": 60.0}

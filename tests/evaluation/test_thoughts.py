@@ -1,9 +1,12 @@
 """Thoughts: no judge hears them, one without an end is no answer, nothing hides their marks."""
 
+from types import SimpleNamespace
+
 import pandas as pd
 import pytest
 import tiny
 import torch
+from transformers import GenerationConfig, LlamaConfig
 
 from spkit.config import Config
 from spkit.evaluation import judges as package
@@ -150,16 +153,17 @@ class Speaker:
     """Says the same to everything, byte by byte, and knows its marks as tokens."""
 
     def __init__(self, tokens, text):
-        self.ids = tokens.encode(text, add_special_tokens=False)
-        self.generation_config = type("Its", (), {"eos_token_id": tokens.eos_token_id})
+        self.ids = [*tokens.encode(text, add_special_tokens=False), tokens.eos_token_id]
+        self.config = LlamaConfig(num_hidden_layers=1)
+        self.generation_config = GenerationConfig(eos_token_id=tokens.eos_token_id)
         self.embeddings = torch.nn.Embedding(1, 1)
 
     def get_input_embeddings(self):
         return self.embeddings
 
     def generate(self, input_ids, **options):
-        said = torch.tensor([self.ids] * len(input_ids))
-        return torch.cat([input_ids, said], dim=1)
+        said = torch.cat([input_ids, torch.tensor([self.ids] * len(input_ids))], dim=1)
+        return SimpleNamespace(sequences=said, past_key_values=None)
 
 
 @pytest.mark.parametrize(
