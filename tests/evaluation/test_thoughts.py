@@ -149,10 +149,11 @@ def test_the_prompt_tells_that_a_thought_is_open(opening, found):
     assert opened_thought(tokenizer(opening)) == found
 
 
-class Speaker:
+class Speaker(torch.nn.Module):
     """Says the same to everything, byte by byte, and knows its marks as tokens."""
 
     def __init__(self, tokens, text):
+        super().__init__()
         self.ids = [*tokens.encode(text, add_special_tokens=False), tokens.eos_token_id]
         self.config = LlamaConfig(num_hidden_layers=1)
         self.generation_config = GenerationConfig(eos_token_id=tokens.eos_token_id)
