@@ -1,9 +1,10 @@
 """What a stage is given: how many rounds, which sizes, and where its rows go."""
 
+import ctypes
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -137,7 +138,12 @@ def check_equal(bench: Bench, what: str, ours: Mapping, other: Mapping, within: 
 
 @contextmanager
 def peak_above(found: list[int]):
-    """Appends the bytes that the process held at most, above what it held before. Linux only."""
+    """Appends the bytes that the process held at most, above what it held before. Linux only.
+
+    What the process has freed and kept is given back first: it would be used again unseen.
+    """
+    with suppress(AttributeError):  # the C library is not glibc
+        ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # the peak starts anew
     before = _status("VmRSS")
