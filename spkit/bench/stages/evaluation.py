@@ -88,9 +88,12 @@ def measure(bench: Bench) -> None:
         _measure(bench, size, Asked(size.model(bench.device), tokenizer(), prompts))
     if bench.backbone:
         config = load_params(at_root(bench.backbone))
-        model, tok = load(checkpoint_of(config.backbone), **config.answering)
-        own = Named(config.run_name, sum(p.numel() for p in model.parameters()))
-        _measure(bench, own, Asked(model, tok, kit_prompts()[:PROMPTS]))
+        source = checkpoint_of(config.backbone)
+        for dtype in dict.fromkeys(("float32", config.answering["dtype"])):
+            model, tok = load(source, **config.answering | {"dtype": dtype})
+            name = f"{config.run_name}, {str(model.dtype).removeprefix('torch.')}"
+            own = Named(name, sum(p.numel() for p in model.parameters()))
+            _measure(bench, own, Asked(model, tok, kit_prompts()[:PROMPTS]))
 
 
 def kit_prompts() -> list[str]:
