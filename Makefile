@@ -10,7 +10,7 @@
 #   make report TABLES=docs/experiment        the tables of a finished experiment as markdown
 #   make publish                              the full experiment's tables into docs/ and README
 #   make backbone                             train the shipped sandbox backbone again, by its recipe
-#   make bench                                every stage beside its peer and its limit (20 minutes)
+#   make bench                                every stage beside its peer and its limit (25 minutes)
 #   make bench SMALL=1                        the smallest sizes, against the published figures
 #   make publish-bench                        a finished one into docs/speed.md
 #   make lab                                  JupyterLab on the notebooks

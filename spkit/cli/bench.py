@@ -1,6 +1,6 @@
 """How fast each stage is here, beside its peer and its limit.
 
-spkit bench                                    all stages; about 20 minutes on two cores
+spkit bench                                    all stages; about 25 minutes on two cores
 spkit bench importance top_sets --peers        these stages, peers installed where they are needed
 spkit bench --small                            a minute or two, for continuous integration
 spkit bench --compare old.json new.json        what has become slower
