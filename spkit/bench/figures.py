@@ -41,12 +41,11 @@ def growth(rows: Sequence[Row]) -> Figure:
         x, y = [row.weights / 1e6 for row in own], [row.median for row in own]
         shade = str(0.15 + 0.12 * number)
         ax.plot(x, y, marker=MARKERS[number % 8], color=shade, label=name)
-    low, high = ax.get_xlim()
     start = min(row.median for row in rows if row.role == GROWTH)
     ends = np.array([min(x), max(x)])
     ax.plot(ends, start * ends / ends[0], ":", color="0.4", label="in proportion")
     ax.set(xscale="log", yscale="log", xlabel="weights [millions]", ylabel="seconds")
-    ax.set_xlim(low, high)
+    ax.margins(x=0.05)
     figure.legend(loc="outside right upper", frameon=False)
     return figure
 
