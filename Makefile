@@ -85,10 +85,9 @@ backbone: $(READY)
 	$(BIN)/python -m spkit.sandbox.ship $(PARAMS)
 
 # a file of tests stays in one process, whose fixtures it shares; files with few tests can be long.
-# One thread in each process: small matrices are faster so. One process more than cores: a fifth of
-# the time a test waits for others that it has started
+# One thread in each process: small matrices are faster so, and the processes share the cores
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --cov -n $$(($(CORES) + 1)) --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --cov -n $(CORES) --dist loadfile --no-loadscope-reorder
 
 test-kills: $(READY)
 	$(BIN)/python tests/comparison/killed_at_random.py
