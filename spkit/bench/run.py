@@ -25,7 +25,7 @@ from spkit.system.lock import locked
 from spkit.system.machine import git_state, hardware, versions
 from spkit.validation import nearest
 
-SMALL = {"rounds": 5, "sizes": ("1 M",)}
+SMALL = ("1 M",)  # sizes
 
 
 @dataclass(frozen=True)

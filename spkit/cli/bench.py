@@ -44,7 +44,7 @@ def bench(
     from spkit.bench import run
     from spkit.paths import repository_root
 
-    sizes = run.SMALL["sizes"] if small else tuple(size) if size else None
+    sizes = run.SMALL if small else tuple(size) if size else None
     asked = run.Asked(run.only(stages), rounds, sizes, threads, device, peers, backbone)
     if run.run(asked, (out or repository_root() / "outputs" / "bench").resolve()):
         raise typer.Exit(FAILED)
