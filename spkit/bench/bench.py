@@ -98,7 +98,6 @@ class Bench:
         size: Size,
         ours: Callable[[], object],
         others: Mapping[str, tuple[str, Callable[[], object], str]],
-        note: str = "",
     ) -> None:
         """A row for each of `others`, in turn with ours: {name: (role, way, goal of the ratio)}."""
         ways = {"ours": ours} | {name: way for name, (_, way, _) in others.items()}
@@ -108,7 +107,7 @@ class Bench:
         for name, (role, _, goal) in others.items():
             spread = ratios(found["ours"], found[name])
             seconds = {"ours": own, "other": Spread.of(found[name]).median}
-            self.add(size, name, role, "ours / other", spread, goal=goal, note=note, **seconds)
+            self.add(size, name, role, "ours / other", spread, goal=goal, **seconds)
 
     def add(self, size: Size, against: str, role: str, what: str, spread: Spread, **more) -> None:
         """One row; more: ours, other, goal, note."""

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from spkit.bench import bench as results
 from spkit.bench import figures, tables
+from spkit.bench.sizes import SHAPES
 from spkit.bench.stages import NAMES
 from spkit.errors import SpkitError
 from spkit.figures import save
@@ -57,8 +58,6 @@ def run(asked: Asked, folder: Path) -> list[str]:
 
 def check(asked: Asked) -> None:
     """SpkitError for a stage or size that there is not."""
-    from spkit.bench.sizes import SHAPES
-
     for what, given, known in (
         ("stage", asked.stages, NAMES),
         ("size", asked.sizes or (), tuple(SHAPES)),

@@ -7,6 +7,7 @@ import pandas as pd
 from tabulate import tabulate
 
 from spkit.bench.bench import GROWTH, Row
+from spkit.bench.figures import exponents
 
 COLUMNS = ("stage", "size", "against", "what", "figure", "goal", "met")
 ANSWERS = {True: "yes", False: "no", None: ""}
@@ -64,8 +65,6 @@ def about(made_from: Mapping) -> str:
 
 def _growth(rows: Sequence[Row]) -> list[str]:
     """How the seconds of each stage grow with the number of weights."""
-    from spkit.bench.figures import exponents
-
     return [
         f"growth of {name}: seconds ~ weights^{power:.2f} ({low:g} to {high:g} million)"
         for name, (power, low, high) in exponents(rows).items()

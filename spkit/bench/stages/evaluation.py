@@ -38,16 +38,15 @@ SYSTEM = " ".join(WORDS[i] for i in range(26))
 
 @dataclass(frozen=True)
 class Asked:
-    """One model and what it is asked, so many prompts at a time."""
+    """One model and what it is asked."""
 
     model: torch.nn.Module
     tokenizer: object
     prompts: Sequence[str]
-    batch: int = BATCH
 
     def ours(self) -> list[str]:
         """spkit's answers."""
-        lengths = {"max_new_tokens": TOKENS, "batch_size": self.batch}
+        lengths = {"max_new_tokens": TOKENS, "batch_size": BATCH}
         return generate(self.model, self.tokenizer, self.prompts, **lengths)
 
     def plain(self, size: int, prompts: Sequence[str] | None = None) -> list[str]:
@@ -82,7 +81,7 @@ def measure(bench: Bench) -> None:
     if bench.sizes is None or SANDBOX.name in bench.sizes:
         model, tok = load(SHIPPED, quantization="none", device=bench.device)
         prompts = [pair.prompt for pair in harmful_pairs(count=4 * PROMPTS, seed=0)]
-        _measure(bench, SANDBOX, Asked(model, tok, prompts, 64))
+        _measure(bench, SANDBOX, Asked(model, tok, prompts))
     for size in bench.of("135 M"):
         prompts = [f"{SYSTEM} {pair.prompt}" for pair in pairs(PROMPTS, 13)]
         _measure(bench, size, Asked(size.model(bench.device), tokenizer(), prompts))
@@ -106,11 +105,11 @@ def _measure(bench: Bench, size, asked: Asked) -> None:
     pairs_of_texts = zip(asked.ours(), asked.plain(1), strict=True)
     same = sum(a == b for a, b in pairs_of_texts) / len(asked.prompts)
     bench.right("most texts", same > 0.5)
-    share = Spread(same, same, same, 1)
+    share = Spread.of([same])
     bench.add(size, "one by one", FIGURE, "share of texts that are the same", share, goal=">= 1")
     goal = "<= 0.0833" if size is not SANDBOX else ""
     others = {
         "one by one": (PEER, asked.alone, goal),
-        f"generate, batches of {asked.batch}": (PEER, lambda: asked.plain(asked.batch), ""),
+        f"generate, batches of {BATCH}": (PEER, lambda: asked.plain(BATCH), ""),
     }
     bench.compare(size, asked.ours, others)

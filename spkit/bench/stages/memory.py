@@ -45,7 +45,7 @@ def measure(bench: Bench) -> None:
             name = row["stage"] if row["memory"] == "host" else f"{row['stage']}, GPU"
             note = f"{row['predicted GiB']:.2f} and {row['measured GiB']:.2f} GiB"
             found = {"goal": ">= 0.85 and <= 1.15", "note": note}
-            once = Spread(row["ratio"], row["ratio"], row["ratio"], 1)
+            once = Spread.of([row["ratio"]])
             bench.add(size, name, FIGURE, "predicted / measured", once, **found)
 
 
